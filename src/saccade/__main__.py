@@ -1,0 +1,5 @@
+"""`python -m saccade` is `saccade`: torchrun wants a module."""
+
+from saccade.cli import main
+
+raise SystemExit(main())

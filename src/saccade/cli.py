@@ -1,0 +1,361 @@
+"""`saccade VERB [WHAT] [--flag value] [--json]`: read the words, call the verb, print what came out.
+
+tyro knows the grammar and writes the help; pydantic says what a value may be, the same for flags, files and Python.
+torch is imported only when a verb starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import math
+import os
+import pkgutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
+
+import saccade.recipes
+from saccade import __version__
+from saccade.errors import SaccadeError, nearest
+from saccade.settings import (
+    LENGTHS,
+    EmbedArguments,
+    EvaluateArguments,
+    PretrainArguments,
+    SearchArguments,
+    Settings,
+    TourArguments,
+    Training,
+    checked,
+    flag,
+    from_file,
+    words,
+)
+
+DONE, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 75
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb's own arguments, which of them stand without a flag, and the call that does it and says what came out."""
+
+    arguments: type[Settings]
+    positional: tuple[str, ...]
+    call: Callable[[Values], Mapping[str, Any]]
+
+
+def _pretrain(values: Values) -> Mapping[str, Any]:
+    from saccade.train import pretrain
+
+    return pretrain(list(values.pop("data")), **values).summary
+
+
+def _evaluate(values: Values) -> Mapping[str, Any]:
+    from saccade.evaluate import evaluate
+
+    return evaluate(values.pop("backbone"), values.pop("labelled"), **values)
+
+
+def _embed(values: Values) -> Mapping[str, Any]:
+    from saccade.embed import embed
+
+    return embed(values.pop("backbone"), list(values.pop("data")), **values).summary()
+
+
+def _search(values: Values) -> Mapping[str, Any]:
+    from saccade.search import Index
+
+    query = {name: values[name] for name in ("image", "text", "key") if values.get(name) is not None}
+    hits = Index.open(values["index"]).search(k=values["k"], **query)
+    return {"query": query, "results": [{"key": hit.key, "score": hit.score} for hit in hits]}
+
+
+def _tour(values: Values) -> Mapping[str, Any]:
+    from saccade.tour import tour
+
+    return tour(**values)
+
+
+VERBS = {
+    "tour": Verb(TourArguments, (), _tour),
+    "pretrain": Verb(PretrainArguments, ("data",), _pretrain),
+    "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate),
+    "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
+    "search": Verb(SearchArguments, ("index",), _search),
+}
+
+LATER = ("adapt", "models", "export")
+"""Verbs that the interface names and this version does not have."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    typed = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in typed
+    typed = [word for word in typed if word != "--json"]
+    if typed[:1] in (["--help"], ["-h"], ["help"]):
+        print(_overview())
+        return DONE
+    if typed[:1] == ["--version"]:
+        print(__version__)
+        return DONE
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops as Ctrl-C does
+        verb = _find(typed)
+        values = _read(typed[0], verb, typed[1:])
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
+            result = {"ok": True, **verb.call(values)}
+    except _HelpShown:
+        return DONE
+    except SaccadeError as mistake:
+        return _fail(mistake, as_json)
+    except KeyboardInterrupt:
+        return _fail(SaccadeError("stopped on request", hint="the same command goes on", code=STOPPED), as_json)
+    except BrokenPipeError:  # whoever read our words has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as bug:
+        traceback.print_exc()
+        reason = f"{type(bug).__name__}: {' '.join(str(bug).split())}"
+        return _fail(SaccadeError(reason, hint="the lines above say where", code=FAILED), as_json)
+    _print(json.dumps(_plain(result)) if as_json else "\n".join(_lines(result)))
+    return DONE
+
+
+class _HelpShown(Exception):
+    """tyro has printed the help of a verb."""
+
+
+def _find(typed: list[str]) -> Verb:
+    """The verb that the first word names. Raises `SaccadeError` with the nearest one."""
+    if not typed:
+        raise SaccadeError("which verb?", hint=f"{', '.join(VERBS)}; saccade --help says more")
+    name = typed[0]
+    if name in VERBS:
+        return VERBS[name]
+    if name in LATER:
+        raise SaccadeError(
+            f"saccade {name} does not exist yet in version {__version__}", hint=f"there are {', '.join(VERBS)}"
+        )
+    raise SaccadeError(f"there is no verb {name!r}", path=name, hint=nearest(name, VERBS))
+
+
+def _read(name: str, verb: Verb, typed: list[str]) -> Values:
+    """The typed after a verb as validated values. Raises `SaccadeError`."""
+    if verb.arguments is PretrainArguments:
+        return _read_run(name, typed)
+    said = _parse(name, verb.arguments, typed, verb.arguments.model_fields, _defaults(verb.arguments))
+    return dict(checked(verb.arguments, said, owner=name))
+
+
+def _read_run(name: str, typed: list[str]) -> Values:
+    """A run's arguments and its recipe's settings: flags over the file over defaults. Raises `SaccadeError`."""
+    own, path = PretrainArguments.model_fields, _after(typed, "--config")
+    given = from_file(path) if path else {}
+    recipe = _after(typed, "--recipe") or str(given.get("recipe") or "")
+    defaults = {**_defaults(PretrainArguments), **dict(Training()), **given}
+    fields = {**own, "config": _CONFIG, **Training.model_fields}
+    if not recipe:
+        if {"-h", "--help"} & set(typed):
+            _parse(name, PretrainArguments, typed, fields, defaults)
+        raise SaccadeError(f"{name} needs --recipe", path="--recipe", hint=f"choose one of: {', '.join(_recipes())}")
+
+    from saccade.recipe import configure
+
+    page, config = configure(recipe, _without(given, own), also=own)
+    said = _parse(
+        name, PretrainArguments, typed, {**fields, **page.config.model_fields}, {**defaults, **dict(config), **given}
+    )
+    said.pop("config", None)
+    if any(length in said for length in LENGTHS):  # a length that is said replaces the file's
+        given = _without(given, LENGTHS)
+    settings = _without({**given, **said}, own)
+    config = configure(recipe, settings, also=own)[1]
+    arguments = checked(PretrainArguments, _without({**given, **said}, settings), owner=name)
+    return {**dict(arguments), **{setting: getattr(config, setting) for setting in settings}}
+
+
+_CONFIG = FieldInfo(annotation=str, default=None, description="YAML file with any of these settings; flags win over it")
+
+
+def _after(typed: list[str], name: str) -> str | None:
+    """The value of a flag that decides which flags there are."""
+    for place, word in enumerate(typed):
+        if word.startswith(name + "="):
+            return word.partition("=")[2]
+        if word == name and place + 1 < len(typed):
+            return typed[place + 1]
+    return None
+
+
+def _without(values: Mapping[str, Any], names: Iterable[str]) -> Values:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _defaults(model: type[Settings]) -> Values:
+    return {name: field.get_default() for name, field in model.model_fields.items() if not field.is_required()}
+
+
+def _recipes() -> list[str]:
+    """As `recipe.names()`, without the torch that page imports."""
+    return sorted(module.name for module in pkgutil.iter_modules(saccade.recipes.__path__))
+
+
+def _parse(
+    name: str, model: type[Settings], typed: list[str], fields: Mapping[str, FieldInfo], defaults: Values
+) -> Values:
+    """What was typed, by setting and as text. Raises `SaccadeError`, and `_HelpShown` after a help."""
+    standing = words(model)
+    shapes = {field: _grammar(field, info, defaults.get(field), field in standing) for field, info in fields.items()}
+    grammar: Any = create_model("Grammar", **shapes)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(
+                grammar, prog=f"saccade {name}", description=_about(model), args=typed, return_unknown_args=True
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise _HelpShown from None
+        lines = [line.strip("╭╮╰╯│─ ") for line in complaint.getvalue().splitlines()]
+        reason = " ".join(line for line in lines[1:] if line and "--help" not in line)  # without its title and footer
+        raise SaccadeError(reason or lines[0], hint=f"see saccade {name} --help") from None
+    torn = next((value for value in dict(parsed).values() if isinstance(value, list)), None)
+    _place(name, unknown, [flag(field) for field in fields if field not in standing], torn)
+    said = {field: value for field, value in dict(parsed).items() if value not in (None, [], defaults.get(field))}
+    return {field: _value(fields[field], value) for field, value in said.items()}
+
+
+def _place(name: str, unknown: list[str], flags: list[str], torn: list[str] | None) -> None:
+    """Words that tyro left over: a misspelt flag is an error, a word behind flags joins the list it was `torn` from."""
+    for word in unknown:
+        if word.startswith("-"):
+            wrong = word.partition("=")[0].replace("_", "-")
+            raise SaccadeError(f"{name} has no setting {wrong}", path=wrong, hint=nearest(wrong, flags))
+        if torn is None:
+            raise SaccadeError(f"{name} has no place for {word!r}", path=word, hint=f"see saccade {name} --help")
+        torn.append(word)
+
+
+def _grammar(name: str, field: FieldInfo, default: Any, stands: bool) -> Any:
+    """A setting as tyro reads it: a switch, or text, because pydantic judges values and a default is not a choice."""
+    if field.annotation is bool:
+        return Annotated[bool, tyro.conf.arg(help=field.description)], bool(default)
+    hint = "(required)" if field.is_required() and default is None else f"(default: {_text(default)})"
+    kind = name.upper() if stands else _kind(field.annotation)
+    look = tyro.conf.arg(
+        metavar=kind, help=field.description, help_behavior_hint=hint, aliases=[f"-{name}"] if len(name) == 1 else None
+    )
+    if not stands:
+        return Annotated[str | None, look], None
+    if get_origin(field.annotation) is tuple:
+        return Annotated[list[str], look, *_POSITIONAL], Field(default_factory=list)
+    return Annotated[str | None, look, *_POSITIONAL], None
+
+
+_POSITIONAL: tuple[Any, ...] = get_args(tyro.conf.Positional[str])[1:]
+"""tyro's mark of an argument without a flag, taken off a subscript: to type checkers it is an alias of one type."""
+
+
+def _kind(annotation: Any) -> str:
+    """What stands for a value in the help: INT, FLOAT, A,B for a tuple, {auto,fp32} for a choice."""
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(map(str, get_args(annotation))) + "}"
+    if get_origin(annotation) is tuple:
+        return "A,B,..."
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    return _kind(parts[0]) if parts else {str: "TEXT"}.get(annotation, annotation.__name__.upper())
+
+
+def _text(default: Any) -> str:
+    if default is None:
+        return "not set"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _value(field: FieldInfo, said: Any) -> Any:
+    """The text of a flag as pydantic takes it: `none` where a setting may be unset, commas in tuples."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    if not isinstance(said, str):
+        return said
+    if said.lower() == "none" and type(None) in kinds:
+        return None
+    return said.split(",") if any(kind is tuple or get_origin(kind) is tuple for kind in kinds) else said
+
+
+def _about(model: type[Settings]) -> str:
+    about = inspect.getdoc(model) or ""
+    if model is PretrainArguments:
+        about += f" Recipes: {', '.join(_recipes())}; with --recipe NAME, --help lists its own settings too."
+    return about + " --json prints the result as one JSON object."
+
+
+def _overview() -> str:
+    """The help of `saccade` itself."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {inspect.getdoc(verb.arguments)}" for name, verb in VERBS.items()]
+    head = ["usage: saccade VERB [WHAT] [--flag value] [--json]", "", "Representations from unlabelled pictures.", ""]
+    return "\n".join(
+        [*head, *lines, "", "saccade VERB --help says what a verb takes; saccade --version which one this is."]
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A result as JSON knows it: NaN is null, a path is text, tensors and arrays are numbers and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return _plain(value.tolist())  # numpy and torch numbers
+
+
+def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """A result for eyes: one line a value, or a group of values."""
+    for key, part in value.items():
+        if isinstance(part, Mapping) and any(isinstance(inner, Mapping) for inner in part.values()):
+            yield f"{indent}{key}"
+            yield from _lines(part, indent + "  ")
+        elif isinstance(part, (list, tuple)) and part and isinstance(part[0], Mapping):
+            yield f"{indent}{key}"
+            yield from (f"{indent}  {_short(row)}" for row in part)
+        elif key != "ok":
+            yield f"{indent}{key}  {_short(part)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "  ".join(f"{name} {_short(part)}" for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_short, value)) or "-"
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print(text: str) -> None:
+    """To stdout, once: of several ranks only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def _fail(mistake: SaccadeError, as_json: bool) -> int:
+    print(f"saccade: {mistake}", file=sys.stderr)
+    if as_json:
+        _print(json.dumps({"ok": False, "error": mistake.error, "path": mistake.path, "hint": mistake.hint}))
+    return mistake.code

@@ -1,0 +1,178 @@
+"""Labelled pictures: which class, which group, learned from or examined."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saccade.data import Source
+from saccade.errors import SaccadeError, nearest
+from saccade.evaluate.splits import group_names, set_apart
+from saccade.sources import Files, open_source
+
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+SHARE = 0.2
+"""What is set apart: for the examination where there is no official split, and of train to choose a penalty on."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Samples of a source with class and group; `train` and `test` are rows of the source."""
+
+    source: Source
+    keys: list[str]
+    classes: list[str]
+    labels: np.ndarray  # int64 [n]; -1 for rows that are in neither part
+    groups: list[str] | None
+    train: np.ndarray
+    test: np.ndarray
+    split: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """What must not be split, for each row: its group, or its own key."""
+        named = self.keys if self.groups is None else self.groups
+        return [named[row] for row in rows.tolist()]
+
+
+def read_labelled(
+    labelled: str | Path | Source, group_by: str | None, short_side: int | None, channels: int
+) -> Labelled:
+    """The labelled samples and their split.
+
+    A folder with train/ and test/ (or val/), or a list with a column `split`, has an official split; it is kept unless
+    `group_by` asks for groups, because an official split may tear them: then both parts are pooled and split by group.
+    One level of folders, or a list without that column, is split 80/20 by hash. Raises `SaccadeError` for unlabelled
+    data.
+    """
+    source = open_source(labelled, short_side=short_side, channels=channels)
+    keys = [source.key(row) for row in range(len(source))]
+    parts, classes_of = _parts_and_classes(source, keys, labelled)
+    groups, warnings = _groups(source, keys, group_by)
+    official = any(part is not None for part in parts)
+    if official and group_by is None:
+        train, test, split = _official(parts, warnings)
+        _tell_torn_groups(groups, train, test, warnings)
+    else:
+        used = np.arange(len(keys))
+        names = keys if groups is None else groups
+        apart = set_apart([names[row] for row in used], SHARE, "test")
+        train, test = used[~apart], used[apart]
+        split = {"made": "by hash of the group" if groups is not None else "by hash of the key"}
+        if official:
+            split["made"] += "; the folders' own split was pooled, because it need not keep groups together"
+        if groups is None:
+            warnings.append(
+                "split 80/20 by key: where pictures come in groups (patients, scenes), name them with --group-by"
+            )
+    classes = sorted({name for row in (*train, *test) if (name := classes_of[row]) is not None})
+    number = {name: place for place, name in enumerate(classes)}
+    labels = np.array([-1 if name is None else number.get(name, -1) for name in classes_of], dtype=np.int64)
+    train, test = train[labels[train] >= 0], test[labels[test] >= 0]
+    _check(classes, labels, train, test, labelled, warnings)
+    split |= {"train": len(train), "test": len(test), "classes": len(classes)}
+    if groups is not None:
+        counts = (len({groups[row] for row in rows.tolist()}) for rows in (train, test))
+        split |= dict(zip(("train_groups", "test_groups"), counts, strict=True))
+    return Labelled(source, keys, classes, labels, groups, train, test, split, warnings)
+
+
+def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[list[str | None], list[str | None]]:
+    """For each sample: train, test or None (no official split); and the name of its class."""
+    columns = source.columns if isinstance(source, Files) else {}
+    tops = {key.split("/")[0] for key in keys}
+    if "label" in columns or not isinstance(source, Files):
+        classes = [source.label(row) for row in range(len(source))]
+        if not any(classes):
+            hint = "give the list a column `label`" if columns else "use folders train/CLASS/… and test/CLASS/…"
+            raise SaccadeError(f"{labelled} has no labels", path=str(labelled), hint=hint)
+        parts: list[str | None] = [None] * len(keys)
+        if "split" in columns:
+            parts = [_part(name) for name in columns["split"]]
+            if "train" not in parts or "test" not in parts:
+                raise SaccadeError("the column `split` needs rows of train and of test (or val)", path=str(labelled))
+        return parts, classes
+    if tops & {*TRAIN} and tops & {*TEST}:
+        split = [key.split("/") for key in keys]
+        # a validation folder beside a test folder takes no part: it is neither learned from nor examined here
+        tests = {"test", "testing"} & tops or tops & {*TEST}
+        parts = [
+            None if len(path) < 3 else "train" if path[0] in TRAIN else "test" if path[0] in tests else "unused"
+            for path in split
+        ]
+        return parts, [path[1] if part in ("train", "test") else None for path, part in zip(split, parts, strict=True)]
+    if tops & {*TRAIN, *TEST} and all("/" in key for key in keys) and any(key.count("/") > 1 for key in keys):
+        have = sorted(tops)
+        raise SaccadeError(
+            f"{labelled} has only {', '.join(have[:3])}",
+            path=str(labelled),
+            hint="train/ and test/ (or val/) belong together",
+        )
+    return [None] * len(keys), [key.split("/")[0] if "/" in key else None for key in keys]
+
+
+def _part(name: str) -> str:
+    name = name.strip().lower()
+    return "train" if name in TRAIN else "test" if name in TEST else "unused"
+
+
+def _groups(source: Source, keys: list[str], group_by: str | None) -> tuple[list[str] | None, list[str]]:
+    """Each sample's group: by pattern, or as the source has it; a sample without one is a group of its own."""
+    warnings: list[str] = []
+    if group_by is not None:
+        if isinstance(source, Files) and group_by in source.columns:
+            found: list[str | None] = [name or None for name in source.columns[group_by]]
+        else:
+            found, _ = group_names(keys, group_by)
+    elif isinstance(source, Files) and "group" not in source.columns:
+        return None, warnings
+    else:
+        found = [source.group(row) for row in range(len(source))]
+        if not any(found):
+            return None, warnings
+    alone = [key for key, name in zip(keys, found, strict=True) if name is None]
+    if alone:
+        warnings.append(f"{len(alone)} samples have no group and count as groups of their own, first {alone[0]!r}")
+    return [f"\0{key}" if name is None else name for key, name in zip(keys, found, strict=True)], warnings
+
+
+def _official(parts: Sequence[str | None], warnings: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    named = np.array([part or "unused" for part in parts])
+    unused = int((named == "unused").sum())
+    if unused:
+        warnings.append(f"{unused} samples are neither in train nor in test and take no part")
+    return np.flatnonzero(named == "train"), np.flatnonzero(named == "test"), {"made": "as given: train and test"}
+
+
+def _tell_torn_groups(groups: list[str] | None, train: np.ndarray, test: np.ndarray, warnings: list[str]) -> None:
+    if groups is None:
+        return
+    torn = {groups[row] for row in train.tolist()} & {groups[row] for row in test.tolist()}
+    if torn:
+        warnings.append(
+            f"{len(torn)} groups are on both sides of the given split: numbers are too good; use --group-by"
+        )
+
+
+def _check(
+    classes: list[str], labels: np.ndarray, train: np.ndarray, test: np.ndarray, labelled: Any, warnings: list[str]
+) -> None:
+    """Raises `SaccadeError` when there is nothing to tell apart; warns of classes that one side lacks."""
+    if len(classes) < 2:
+        have = f"only the class {classes[0]!r}" if classes else "no classes"
+        raise SaccadeError(
+            f"{labelled} has {have}", path=str(labelled), hint="use folders train/CLASS/… and test/CLASS/…"
+        )
+    for rows, where in ((train, "train"), (test, "test")):
+        counts = Counter(labels[rows].tolist())
+        if not counts:
+            raise SaccadeError(f"there is nothing in {where} of {labelled}", path=str(labelled))
+        absent = [name for number, name in enumerate(classes) if not counts[number]]
+        if absent:
+            close = f"; {absent[0]!r}: {nearest(absent[0], set(classes) - set(absent))}" if len(absent) == 1 else ""
+            warnings.append(f"{where} has no sample of {', '.join(map(repr, absent[:5]))}{close}")

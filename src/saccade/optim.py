@@ -1,0 +1,130 @@
+"""AdamW, its groups, and schedules as functions of `t`, the part of training done."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by name, that are optimised alike.
+
+    `weight_decay` None takes the configured one; parameters of one `clip_group` are clipped by one common norm; `frozen`
+    parameters keep their values and their moments this step.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    clip_group: str = "all"
+    frozen: bool = False
+
+
+def cosine(t: Float[Tensor, ""], start: float, end: float) -> Float[Tensor, ""]:
+    """From `start` at t = 0 to `end` at t = 1 along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + torch.cos(math.pi * t))
+
+
+def linear(t: Float[Tensor, ""], start: float, end: float, until: float = 1.0) -> Float[Tensor, ""]:
+    """From `start` at t = 0 to `end` at t = `until`, and constant after it."""
+    return start + (end - start) * torch.clamp(t / until, 0.0, 1.0)
+
+
+def warmup_cosine(t: float, warmup: float) -> float:
+    """The learning rate's factor: up from 0 in a line until `warmup`, then down to 0 along half a cosine."""
+    if t < warmup:
+        return t / warmup
+    return 0.5 * (1 + math.cos(math.pi * (t - warmup) / max(1 - warmup, 1e-12)))
+
+
+def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
+    """Layer-wise learning-rate decay for an encoder's parameter names (BEiT, arXiv 2106.08254, appendix).
+
+    Embeddings are layer 0, `blocks.i` layer i + 1, what follows them layer L + 1; the factor is decay ** (L + 1 - layer).
+    """
+    names = list(names)
+    blocks = {name: int(found[1]) + 1 for name in names if (found := re.match(r"blocks\.(\d+)\.", name))}
+    last = max(blocks.values(), default=0) + 1
+    first = ("cls_token", "pos_embed", "patch_embed", "register_tokens", "mask_token", "norm_pre")
+    return {name: decay ** (last - blocks.get(name, 0 if name.startswith(first) else last)) for name in names}
+
+
+def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[Group]:
+    """Decay on matrices only (the 1-D rule: no decay where ndim <= 1 or the name ends in bias); layer decay on the encoder."""
+    inside = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    scales = layer_scales(inside.values(), layer_decay)
+    grouped: dict[tuple[float, float], dict[str, nn.Parameter]] = defaultdict(dict)
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith("bias") else weight_decay
+        scale = scales[inside[id(parameter)]] if id(parameter) in inside else 1.0
+        grouped[scale, decay][name] = parameter
+    return [Group(parameters, scale, decay) for (scale, decay), parameters in grouped.items()]
+
+
+class AdamW:
+    """Fused `torch.optim.AdamW` over groups, with its state as plain tensors by parameter name.
+
+    The state exists from the first step on, so that a checkpoint has one shape and is read in place, on any number of ranks.
+    """
+
+    def __init__(self, groups: list[Group], lr: float, betas: tuple[float, float], clip: float | None):
+        self.lr, self.clip, self.groups = lr, clip, groups
+        self._names = [list(group.parameters) for group in groups]
+        params = [{"params": list(group.parameters.values())} for group in groups]
+        self.optimizer = torch.optim.AdamW(params, lr=lr, betas=betas, eps=1e-8, weight_decay=0.0, fused=True)
+        for group in groups:
+            for parameter in group.parameters.values():
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments and step counts, by `parameter name/kind`; the live tensors, to be written or read in place."""
+        named = [(name, p) for group in self.groups for name, p in group.parameters.items()]
+        return {f"{name}/{kind}": value for name, p in named for kind, value in self.optimizer.state[p].items()}
+
+    def set(self, groups: list[Group], factor: float, weight_decay: float) -> None:
+        """This step's learning rates, decays and frozen groups. The groups' members must not change."""
+        if [list(group.parameters) for group in groups] != self._names:
+            raise ValueError("the groups' members changed: what changes in kind is a stage")
+        self.groups = groups
+        for group, target in zip(groups, self.optimizer.param_groups, strict=True):
+            target["lr"] = self.lr * factor * group.lr_scale
+            target["weight_decay"] = weight_decay if group.weight_decay is None else group.weight_decay
+
+    def clip_gradients(self) -> Float[Tensor, ""]:
+        """Clips each clip group to the configured norm; returns the norm of all gradients before it."""
+        members: dict[str, list[Tensor]] = defaultdict(list)
+        for group in self.groups:
+            for parameter in group.parameters.values():
+                if parameter.grad is not None and not group.frozen:
+                    members[group.clip_group].append(parameter.grad)
+        norms = []
+        for gradients in members.values():
+            norm = torch.nn.utils.get_total_norm(gradients, foreach=False)
+            norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+            norms.append(norm)
+            if self.clip is not None:
+                scale = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
+                for gradient in gradients:
+                    gradient.mul_(scale)
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def drop_frozen(self) -> None:
+        """Frozen parameters take no step."""
+        for group in self.groups:
+            if group.frozen:
+                for parameter in group.parameters.values():
+                    parameter.grad = None

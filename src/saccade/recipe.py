@@ -1,0 +1,118 @@
+"""What a recipe is: a page under `recipes/` with `Config`, `views`, `Method` and, if wanted, `stages` and variants.
+
+The file name is the registry. A variant is a public function of the page that returns a `Config`:
+`--recipe mae:small_pictures` calls `small_pictures()` of `recipes/mae.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saccade.data import Batch
+from saccade.errors import SaccadeError, nearest
+from saccade.optim import Group
+from saccade.settings import LENGTHS, Training, checked, flag
+
+__all__ = ["Group", "Method", "Recipe", "Training", "configure", "find", "names"]
+
+
+class Method(nn.Module, ABC):
+    """A training method: the loss is `forward`."""
+
+    @abstractmethod
+    def __init__(self, config: Any, backbone: nn.Module, teachers: dict[str, nn.Module]) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of a batch at `t`, the part of training done, and what is worth logging."""
+
+    def after_step(self, t: Float[Tensor, ""]) -> None:
+        """What follows an optimizer step: a teacher follows its student, centres move."""
+
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """What evaluation, fine-tuning, search and export see: images to `Features`."""
+
+    def groups(self, t: float) -> list[Group] | None:
+        """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
+        return None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A page of `recipes/`, found by its file name."""
+
+    name: str
+    config: type[Training]
+    views: Callable[..., Batch]
+    method: type[Method]
+    stages: Callable[[Any], list[tuple[float, Any]]]
+    variants: dict[str, Callable[[], Training]]
+
+    def configure(self, variant: str | None = None) -> Training:
+        """The default settings, or a named variant's."""
+        if variant is None:
+            return self.config()
+        if variant not in self.variants:
+            hint = nearest(variant, self.variants) if self.variants else "it has no variants"
+            raise SaccadeError(f"recipe {self.name!r} has no variant {variant!r}", hint=hint)
+        return self.variants[variant]()
+
+
+def names() -> list[str]:
+    """Every recipe there is."""
+    import saccade.recipes
+
+    return sorted(module.name for module in pkgutil.iter_modules(saccade.recipes.__path__))
+
+
+def _one_stage(config: Training) -> list[tuple[float, Training]]:
+    return [(1.0, config)]
+
+
+def _variants(page: ModuleType) -> dict[str, Callable[[], Training]]:
+    found = inspect.getmembers(page, inspect.isfunction)
+    return {
+        name: function
+        for name, function in found
+        if function.__module__ == page.__name__
+        and inspect.signature(function).return_annotation in ("Config", page.Config)
+    }
+
+
+def find(name: str) -> Recipe:
+    """The recipe of this name. Raises `SaccadeError` with the nearest name when there is none."""
+    if name not in names():
+        raise SaccadeError(f"there is no recipe {name!r}", path="--recipe", hint=nearest(name, names()))
+    page = importlib.import_module(f"saccade.recipes.{name}")
+    stages = vars(page).get("stages", _one_stage)
+    return Recipe(name, page.Config, page.views, page.Method, stages, _variants(page))
+
+
+def configure(name: str, settings: Mapping[str, Any], *, also: Iterable[str] = ()) -> tuple[Recipe, Any]:
+    """The recipe `NAME` or `NAME:VARIANT` and its config with these settings; the same for the command line and Python.
+
+    A length that is given (steps, epochs or minutes) replaces the recipe's own. `also` are more right names, for the
+    hint of a misspelt one. Raises `SaccadeError`.
+    """
+    name, _, variant = name.partition(":")
+    recipe = find(name)
+    base = recipe.configure(variant or None)
+    lengths = [flag(length) for length in LENGTHS if settings.get(length) is not None]
+    if len(lengths) > 1:
+        raise SaccadeError(f"{' and '.join(lengths)} exclude each other", path=lengths[0], hint="give one length")
+    values = {field: getattr(base, field) for field in type(base).model_fields}
+    if lengths:
+        values.update(dict.fromkeys(LENGTHS))
+    return recipe, checked(recipe.config, {**values, **settings}, also=also, owner=f"recipe {name}")

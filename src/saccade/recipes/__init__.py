@@ -1,0 +1,1 @@
+"""One page for each method. The file name is the registry: a page put here is a recipe."""

@@ -1,0 +1,203 @@
+"""What can be set: the settings of every verb and those that all recipes share. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from saccade.errors import SaccadeError, nearest
+
+
+class Settings(BaseModel):
+    """Frozen, and a name it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Training(Settings):
+    """What the one loop reads. A recipe's `Config` extends it with the paper's values and its own knobs."""
+
+    arch: str = Field("vit-b/16", description="backbone: size and patch, e.g. vit-ti/4, vit-s/16, vit-b/16")
+    image_size: int = Field(224, ge=1, description="side of the (largest) training crop in pixels")
+    channels: int = Field(3, ge=1, description="channels of a picture; 3 turns grey and palette pictures into RGB")
+    steps: int | None = Field(None, ge=1, description="length in optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="length in passes over the data")
+    minutes: float | None = Field(
+        None, gt=0, description="length in minutes: the first steps are timed, then steps are fixed"
+    )
+    batch: int = Field(256, ge=1, description="samples an optimizer step, over all ranks and accumulation together")
+    accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    lr: float = Field(1.5e-4, gt=0, description="learning rate at batch 256; scaled linearly with the batch")
+    warmup: float = Field(0.05, ge=0, le=1, description="part of training in which the learning rate rises from 0")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's decay, on matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay rate")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate falls by this factor a layer, from the last to the first"
+    )
+    clip: float | None = Field(None, gt=0, description="largest gradient norm of a clip group")
+    seed: int = Field(0, ge=0, description="every random number follows from it")
+
+    def canvas(self) -> int | None:
+        """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
+        return None
+
+    def backbone(self) -> dict[str, Any]:
+        """Switches of the ViT that this recipe wants different from the default."""
+        return {}
+
+
+_WORD = "stands without a flag"
+Word = Annotated[str, _WORD]
+WordList = Annotated[tuple[str, ...], _WORD]
+"""Arguments that stand without a flag on the command line."""
+
+LENGTHS = ("steps", "epochs", "minutes")
+"""The settings that say how long a run is; exactly one counts."""
+
+
+class PretrainArguments(Settings):
+    """Learn a representation from unlabelled pictures."""
+
+    data: WordList = Field(min_length=1, description="folders, list files or tar shards; several are mixed")
+    recipe: str = Field(description="the method, and its variant if wanted: NAME or NAME:VARIANT")
+    out: str = Field(description="run directory; the same command on it goes on where it stopped")
+    weights: tuple[float, ...] | None = Field(
+        None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
+    )
+    eval: str | None = Field(None, description="labelled folder to evaluate on, during the run and at its end")
+    group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
+    init: str | None = Field(None, description="backbone to start from: a run directory or a checkpoint")
+    workers: int | None = Field(
+        None, ge=0, description="processes that read and decode; chosen from the cores if not given"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a training process; torch's choice if not given"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )
+    compile: bool = Field(False, description="compile the method's forward")
+    sharding: Literal["ddp", "fsdp"] = Field("ddp", description="how several ranks share the model: copied or sharded")
+    max_unreadable: float = Field(0.1, ge=0, le=1, description="share of unreadable samples above which the run ends")
+    save_every: str = Field(
+        "10m", pattern=r"^\d+(\.\d+)?m$|^[1-9]\d*$", description="between checkpoints: minutes (10m) or steps (500)"
+    )
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+
+
+class EvaluateArguments(Settings):
+    """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
+
+    backbone: Word = Field(description="run directory or checkpoint")
+    labelled: Word = Field(
+        description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
+    )
+    tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="what to measure: any of these")
+    group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
+    image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
+    out: str | None = Field(None, description="JSON file to write the result to")
+
+
+class EmbedArguments(Settings):
+    """Turn pictures into vectors. The same command goes on where it stopped."""
+
+    backbone: Word = Field(description="run directory or checkpoint")
+    data: WordList = Field(min_length=1, description="folders, list files or tar shards")
+    out: str = Field(description="index directory")
+    tokens: tuple[str, ...] = Field(("cls",), description="what is kept of a picture: cls, mean, patches")
+    image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    batch: int = Field(64, ge=1, description="pictures that go through the backbone together")
+
+
+class SearchArguments(Settings):
+    """Find the nearest neighbours of a picture in an index."""
+
+    index: Word = Field(description="index directory")
+    image: str | None = Field(None, description="query: a picture file")
+    text: str | None = Field(None, description="query: words, where the backbone has a text tower")
+    key: str | None = Field(None, description="query: a key of the index")
+    k: int = Field(10, ge=1, description="how many neighbours")
+
+    @model_validator(mode="after")
+    def _one_query(self) -> SearchArguments:
+        if sum(query is not None for query in (self.image, self.text, self.key)) != 1:
+            raise ValueError("give exactly one of --image, --text and --key")
+        return self
+
+
+class TourArguments(Settings):
+    """Pretrain, evaluate, embed and search on pictures that come with the package."""
+
+    out: str = Field("saccade-tour", description="directory for the run, the index and the report")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def flag(name: str) -> str:
+    """A setting as it is spelled on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def words(model: type[Settings]) -> list[str]:
+    """The arguments of a verb that stand without a flag."""
+    return [name for name, field in model.model_fields.items() if _WORD in field.metadata]
+
+
+def spelled(model: type[Settings], name: str) -> str:
+    """A setting of this model as a user writes it: `--flag`, or WORD where it stands without one."""
+    return name.upper() if name in words(model) else flag(name)
+
+
+def checked(model: type[S], values: Mapping[str, Any], *, owner: str, also: Iterable[str] = ()) -> S:
+    """The values as a validated `model`; a mistake becomes a one-line error that names the setting.
+
+    `owner` is the verb or recipe that the error names; `also` are more right names, for the hint: a verb's own
+    arguments beside a recipe's settings. Raises `SaccadeError`.
+    """
+    known = {flag(name) for name in (*model.model_fields, *also)}
+    for name in values:
+        if name not in model.model_fields:
+            raise SaccadeError(f"{owner} has no setting {flag(name)}", path=flag(name), hint=nearest(flag(name), known))
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as mistakes:
+        raise _one_line(mistakes, model, owner) from None
+
+
+def _one_line(mistakes: ValidationError, model: type[Settings], owner: str) -> SaccadeError:
+    """The first of pydantic's findings in our words."""
+    first = mistakes.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return SaccadeError(f"{owner}: {reason}")
+    name = str(first["loc"][0])
+    path, about = spelled(model, name), model.model_fields[name].description
+    if first["type"] in ("missing", "too_short"):
+        return SaccadeError(f"{owner} needs {path}", path=path, hint=about)
+    return SaccadeError(f"{path} {first['input']}: {reason[:1].lower() + reason[1:]}", path=path, hint=about)
+
+
+def from_file(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file; dashes and underscores are the same. Raises `SaccadeError`."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as trouble:
+        raise SaccadeError(
+            f"cannot read the settings: {trouble.strerror}", path=path, hint="--config names a YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as trouble:
+        reason = str(trouble).replace("\n", " ")
+        raise SaccadeError(f"this is not YAML: {reason}", path=path, hint="one `setting: value` a line") from None
+    if not isinstance(content, dict):
+        raise SaccadeError("a settings file holds names and values", path=path, hint="one `setting: value` a line")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}

@@ -1,0 +1,230 @@
+"""What every recipe owes: asked of all that are shipped, and of the toys that keep the contract wide."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from toys import RECIPES
+from toys.sources import Bands, Clips, Pictures, Texts, Toy
+
+import saccade.recipes
+from saccade import cli, recipe, vit
+from saccade.data import Batch, collate
+from saccade.draws import Draws
+from saccade.optim import default_groups
+
+SHIPPED = recipe.names()
+TOYS = {"bands": Bands, "clips": Clips, "texts": Texts}
+SMALL: dict[str, dict[str, Any]] = {"mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3}}
+"""Settings that make a shipped recipe quick; one that needs none needs no entry."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe, small enough to run in a moment, and data that it can read."""
+
+    recipe: recipe.Recipe
+    config: Any
+    source: Toy
+
+    def method(self) -> recipe.Method:
+        torch.manual_seed(0)
+        switches = {**self.config.backbone()} if self.recipe.name in TOYS else {**TINY, **self.config.backbone()}
+        backbone = vit.build(
+            self.config.arch, image_size=self.config.image_size, channels=self.config.channels, **switches
+        )
+        return self.recipe.method(self.config, backbone, {})
+
+    def batch(self, places: range = range(8), step: int = 3, seen: int = 0) -> Batch:
+        return collate([self.source[place] for place in places], [seen] * len(places), list(places))
+
+    def views(self, batch: Batch, seed: int = 0, step: int = 3) -> Batch:
+        draws = Draws(seed, step, batch["key"], batch["seen"], batch["place"])
+        return self.recipe.views(self.config, batch, draws)
+
+
+TINY = {"depth": 2, "width": 48, "heads": 3, "hidden": 96}
+
+
+@pytest.fixture(params=[*SHIPPED, *TOYS])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    monkeypatch.setattr(saccade.recipes, "__path__", [*saccade.recipes.__path__, RECIPES])
+    name = request.param
+    small = {} if name in TOYS else {"arch": "vit-ti/8", "image_size": 32, **SMALL.get(name, {})}
+    page, config = recipe.configure(name, small)
+    return Case(page, config, TOYS.get(name, Pictures)(16))
+
+
+ZERO = torch.tensor(0.25)
+
+
+def test_the_loss_is_finite_and_every_trained_parameter_gets_a_gradient(case: Case) -> None:
+    for _, config in case.recipe.stages(case.config):
+        stage = Case(case.recipe, config, case.source)
+        method = stage.method()
+        loss, metrics = method(stage.views(stage.batch()), ZERO)
+        assert loss.ndim == 0
+        assert math.isfinite(loss.item())
+        assert all(value.ndim == 0 and math.isfinite(value.item()) for value in metrics.values())
+        loss.backward()
+        groups = method.groups(0.25) or default_groups(method, method.encoder(), config.weight_decay, 1.0)
+        trained = [parameter for group in groups for parameter in group.parameters.values()]
+        assert {id(p) for p in trained} == {id(p) for p in method.parameters() if p.requires_grad}
+        unreached = [name for name, p in method.named_parameters() if p.requires_grad and not useful(p.grad)]
+        assert not unreached, "trained, but the loss does not reach them"
+        method.after_step(ZERO)
+        assert all(torch.isfinite(value).all() for value in method.state_dict().values())
+
+
+def useful(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(torch.isfinite(gradient).all()) and bool(gradient.any())
+
+
+def test_the_same_address_gives_the_same_loss(case: Case) -> None:
+    once, again = (case.method()(case.views(case.batch()), ZERO)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+def test_views_do_not_depend_on_who_shares_the_batch(case: Case) -> None:
+    """One batch of 8, or 3 and 5 on two ranks, whose canvases are padded differently: the same views, bit for bit."""
+    together = case.views(case.batch(range(8)))
+    apart = [case.views(case.batch(places)) for places in (range(3), range(3, 8))]
+    for name, whole in together.items():
+        parts = [rows(part[name], size) for part, size in zip(apart, (3, 5), strict=True)]
+        assert torch.equal(rows(whole, 8), torch.cat(parts, 1)), name
+
+
+def rows(views: Tensor, size: int) -> Tensor:
+    """View-major rows [V*B ...] as [V B ...]."""
+    assert len(views) % size == 0, "the first axis is the samples, or several views of each of them"
+    return views.unflatten(0, (-1, size))
+
+
+def test_views_change_with_the_seed_and_the_visit(case: Case) -> None:
+    def differ(one: Batch, other: Batch) -> bool:
+        return any(not torch.equal(one[name], other[name]) for name in one)
+
+    before = case.views(case.batch())
+    assert differ(before, case.views(case.batch(), seed=1))
+    assert differ(before, case.views(case.batch(seen=1)))
+
+
+def test_the_encoder_keeps_the_contract(case: Case) -> None:
+    encoder = case.method().encoder().eval()
+    batch = case.batch(range(4))
+    if "pixels" in batch:
+        frames = case.batch(range(4))["pixels"][..., :16, :16]
+        inputs = (frames if frames.shape[1] > 1 else frames[:, 0]).float() / torch.iinfo(frames.dtype).max
+    else:
+        inputs = batch["text"][:, : case.config.length]
+    with torch.no_grad():
+        features = encoder(inputs)
+        alone = encoder(inputs[:1])
+        pooled = encoder.embedding(features)
+    b, n, d = features.patches.shape
+    assert isinstance(features, vit.Features)
+    assert (b, n) == (4, math.prod(features.grid))
+    assert features.positions.shape in ((4, n, 2), (4, n, 3))
+    assert features.cls is None or features.cls.shape == (4, d)
+    assert features.registers.shape[0] == 4
+    assert features.registers.shape[2] == d
+    assert pooled.shape[0] == 4
+    assert torch.isfinite(pooled).all()
+    torch.testing.assert_close(alone.patches, features.patches[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_every_knob_is_read(case: Case) -> None:
+    """A field that a page declares for itself is read on that page."""
+    page = inspect.getmodule(case.recipe.config)
+    assert page is not None
+    tree = ast.parse(inspect.getsource(page))
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    own = case.recipe.config.model_fields.keys() - recipe.Training.model_fields.keys()
+    assert own <= read, "dead knobs"
+    assert all(field.description for field in case.recipe.config.model_fields.values())
+
+
+def test_a_recipe_is_one_page(case: Case) -> None:
+    page = inspect.getsourcefile(case.recipe.config)
+    assert page is not None
+    text = Path(page).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert ast.get_docstring(ast.parse(text)), "the first line is the method in a sentence"
+    imported = [node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    assert not [module for module in imported if module and module.startswith("saccade.recipes")]
+
+
+def test_every_variant_is_a_config(case: Case) -> None:
+    for variant in case.recipe.variants:
+        config = case.recipe.configure(variant)
+        assert isinstance(config, case.recipe.config)
+        assert type(config).model_validate(config.model_dump()) == config
+
+
+NEW = '''"""A recipe that did not exist a moment ago: guess the mean colour of a crop from its features."""
+
+from saccade import augment, recipe
+from torch import nn
+
+
+class Config(recipe.Training):
+    smallest: float = 0.5
+
+    def backbone(self):
+        return {"depth": 1, "width": 32, "heads": 2, "hidden": 64}
+
+
+def views(config, batch, draws):
+    crops = augment.random_resized_crop(draws.sample("crop"), batch["size"], scale=(config.smallest, 1.0))
+    return {"images": augment.render(batch["pixels"], crops, config.image_size)}
+
+
+class Method(recipe.Method):
+    def __init__(self, config, backbone, teachers):
+        super().__init__(config, backbone, teachers)
+        self.backbone, self.head = backbone, nn.Linear(2 * backbone.config.width, 3)
+
+    def forward(self, batch, t):
+        features = self.backbone(batch["images"])
+        guess = self.head(__import__("torch").cat([features.cls, features.patches.mean(1)], 1))
+        return (guess - batch["images"].mean((2, 3))).square().mean(), {}
+
+    def encoder(self):
+        return self.backbone
+'''
+
+
+def test_a_new_recipe_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It appears on disk, and the command line lists it, knows its settings, trains it and loads what came out."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "colour.py").write_text(NEW)
+    monkeypatch.setattr(saccade.recipes, "__path__", [*saccade.recipes.__path__, str(tmp_path / "recipes")])
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        colour = (30 * number, 100, 255 - 30 * number)
+        Image.new("RGB", (24, 20), colour).save(tmp_path / "pictures" / f"{number}.png")
+    run = str(tmp_path / "run")
+    words = ["pretrain", str(tmp_path / "pictures"), "--recipe", "colour", "--out", run, "--json", "--workers", "0"]
+    words += ["--arch", "vit-ti/8", "--image-size", "16", "--batch", "4", "--steps", "3"]
+    assert "colour" in recipe.names()
+    assert cli.main([*words, "--smalest", "0.3"]) == 2
+    assert "--smallest" in json.loads(capsys.readouterr().out)["hint"]
+    assert cli.main([*words, "--smallest", "0.3"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["ok"], result["recipe"], result["steps"]) == (True, "colour", 3)
+    assert math.isfinite(result["loss"])
+    features = saccade.load(run)(torch.zeros(1, 3, 16, 16))
+    assert features.patches.shape == (1, 4, 32)
