@@ -1,0 +1,209 @@
+"""Ranks, wrappers and sharded tensors on disk, with torch's own DDP, FSDP2 and DCP.
+
+DCP's `.metadata` is a pickle. It is read by an unpickler that knows the few names of a good one and refuses all others, so
+nothing in a hostile one runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from saccade.errors import SaccadeError
+from saccade.vit import Block
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who takes part: this process's rank, how many there are, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def highest(self, value: int) -> int:
+        """The largest value that any rank gives. On the CPU, so that no GPU has to wait."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean over ranks, for each value."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return (tensor / self.world).tolist()
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What the first rank's `work` returns, on every rank. Its `SaccadeError` is raised on every rank too."""
+        if self.world == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = work()
+            except SaccadeError as error:
+                box[1] = (error.error, error.path, error.hint, error.code)
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            error, path, hint, code = box[1]
+            raise SaccadeError(error, path=path, hint=hint, code=code)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone. An already initialised process group is used as it is."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ and not dist.is_initialized():
+        yield Ranks(0, 1, torch.device("cuda" if cuda else "cpu"))
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def wrap(method: nn.Module, ranks: Ranks, sharding: str) -> nn.Module:
+    """The method as several ranks train it: `ddp` copies it, `fsdp` shards it block by block. Alone it stays as it is."""
+    if sharding == "fsdp":
+        if ranks.world == 1:
+            return method
+        mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
+        for module in method.modules():
+            if isinstance(module, Block):
+                fully_shard(module, mesh=mesh)
+        fully_shard(method, mesh=mesh)
+        return method
+    if ranks.world == 1:
+        return method
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors gathered on the CPU of every rank: the copy that evaluation and export see."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+        for name, tensor in tensors.items()
+    }
+
+
+_ALLOWED = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size", "device", "dtype"} | {name for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+}  # fmt: skip
+"""All that the metadata of a good checkpoint names."""
+
+
+class _Careful(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def metadata(directory: Path) -> Metadata:
+    """The table of contents of a sharded checkpoint. Raises `SaccadeError` for one that is damaged or hostile."""
+    path = directory / ".metadata"
+    try:
+        found = _Careful(io.BytesIO(path.read_bytes())).load()
+    except OSError as error:
+        raise SaccadeError(
+            f"the checkpoint {directory} has no readable .metadata: {error.strerror}", path=path
+        ) from None
+    except Exception as error:  # whatever a broken pickle raises
+        raise SaccadeError(
+            f"the checkpoint {directory} is refused, nothing in it was run: its .metadata is no checkpoint's: {error}",
+            path=path,
+            hint="delete this checkpoint; an older one is used instead",
+        ) from None
+    if not isinstance(found, Metadata):
+        raise SaccadeError(f"the checkpoint {directory} is refused: its .metadata is no checkpoint's", path=path)
+    return found
+
+
+class _Reader(filesystem.FileSystemReader):
+    """DCP's reader, with the careful unpickler in the place of pickle's."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        found = metadata(Path(self.path))
+        found.storage_meta = found.storage_meta or dcp.metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+def save_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
+    """Writes tensors, sharded or not, one file a rank; the files are on the disk when this returns."""
+    writer = filesystem.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+    dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
+
+
+def load_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
+    """Reads a checkpoint of any number of ranks into these tensors, in place.
+
+    Raises `SaccadeError` when names or shapes differ: a checkpoint of another architecture.
+    """
+    stored = {name: entry.size for name, entry in metadata(directory).state_dict_metadata.items()}
+    missing, unexpected = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+    reshaped = [name for name in sorted(tensors.keys() & stored.keys()) if stored[name] != tensors[name].shape]
+    differences = [
+        f"{len(names)} {kind} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if names
+    ]
+    if differences:
+        raise SaccadeError(
+            f"the checkpoint {directory} is of another architecture: {'; '.join(differences)}",
+            path=directory,
+            hint="give the --recipe, --arch and --image-size of this run, or another --out",
+        )
+    dcp.load(tensors, storage_reader=_Reader(directory), no_dist=ranks.world == 1)

@@ -1,0 +1,99 @@
+"""A method with its optimizer: built, put on a device, wrapped for the ranks, and moved by one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade import distributed, vit, weights
+from saccade.data import Batch
+from saccade.distributed import Ranks
+from saccade.errors import SaccadeError
+from saccade.optim import AdamW, Group, default_groups, warmup_cosine
+from saccade.recipe import Method, Recipe, Training
+from saccade.settings import PretrainArguments
+
+
+def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dict[str, Any]]:
+    """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = vit.build(config.arch, image_size=config.image_size, channels=config.channels, **config.backbone())
+        record = weights.load_state(backbone, init) if init else {"weights": "random", "seed": config.seed}
+        return page.method(config, backbone, {}), record
+
+
+def precision_of(asked: str, device: torch.device) -> torch.dtype:
+    """What matrix products run in: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU, or as asked."""
+    if asked == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if asked == "fp16" and device.type != "cuda":
+        raise SaccadeError("fp16 needs a GPU", path="--precision", hint="use auto, fp32 or bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[asked]
+
+
+class Model:
+    """A method with its optimizer, on the device and wrapped for the ranks."""
+
+    def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.method, self.initial = build(page, config, arguments.init)
+        self.method.to(ranks.device)
+        if arguments.compile:
+            self.method.compile()
+        self.wrapped = distributed.wrap(self.method, ranks, arguments.sharding)
+        self.precision = precision_of(arguments.precision, ranks.device)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
+        lr = config.lr * config.batch / 256
+        self.optimizer = AdamW(self._groups(0.0), lr, (config.beta1, config.beta2), config.clip)
+
+    def _groups(self, t: float) -> list[Group]:
+        groups = self.method.groups(t)
+        if groups is not None:
+            return groups
+        return default_groups(self.method, self.method.encoder(), self.config.weight_decay, self.config.layer_decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, live: weights, buffers and moments."""
+        weights = {f"method/{name}": tensor for name, tensor in self.method.state_dict().items()}
+        return weights | {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
+
+    def step(self, batches: Iterator[Batch], t: float) -> dict[str, Tensor]:
+        """One optimizer step over `accumulate` batches; what is worth logging, as tensors that nobody has waited for."""
+        now = torch.tensor(t, dtype=torch.float32, device=self.ranks.device)
+        sums: dict[str, Tensor] = {}
+        parts = self.config.accumulate
+        for part in range(parts):
+            if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+                self.wrapped.require_backward_grad_sync = part == parts - 1
+            views = next(batches)
+            with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
+                loss, metrics = self.wrapped(views, now)
+            self.scaler.scale(loss / parts).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0) + value.detach() / parts
+        groups = self.method.groups(t)
+        self.optimizer.set(
+            groups or self.optimizer.groups, warmup_cosine(t, self.config.warmup), self.config.weight_decay
+        )
+        self.scaler.unscale_(self.optimizer.optimizer)
+        if self.config.clip is not None:
+            sums["gradient_norm"] = self.optimizer.clip_gradients()
+        self.optimizer.drop_frozen()
+        self.scaler.step(self.optimizer.optimizer)
+        self.scaler.update()
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(now)
+        return sums
+
+    def adopt(self, before: Model) -> None:
+        """Takes over a former stage's weights and moments, by name; what is new in this stage stays as it was built."""
+        old = before.tensors()
+        for name, tensor in self.tensors().items():
+            if name in old and old[name].shape == tensor.shape:
+                tensor.detach().copy_(old[name].detach())

@@ -1,0 +1,267 @@
+"""A run directory that explains itself: what was asked, on which data, with which code, and what came out.
+
+`config.json` (asked), `record.json` (grows), `metrics.jsonl`, `quarantine.jsonl`, `checkpoints/STEP/` with `manifest.json`,
+`backbone/`. Whatever is replaced is written beside and renamed, so a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from saccade.distributed import Ranks
+from saccade.errors import SaccadeError
+
+_LIBRARIES = ("saccade", "torch", "numpy", "pydantic", "tyro", "safetensors", "simplejpeg", "pillow", "blake3")
+
+
+class Run:
+    """A run directory. `config` is what was asked, `record` what is known of it, `summary` what came out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run. Raises `SaccadeError` where there is none."""
+        run = cls(Path(path).expanduser())
+        if not (run.path / "config.json").is_file():
+            raise SaccadeError(
+                f"{path} is not a run directory", path=path, hint="one has a config.json and checkpoints/"
+            )
+        return run
+
+    @classmethod
+    def claim(cls, path: str | Path, asked: dict[str, Any]) -> Run:
+        """A new run, or the one that was begun here with the same request. Nothing is overwritten.
+
+        `asked["machine"]` may change from one session to the next; all the rest is the run. Raises `SaccadeError` for
+        the directory of another run or of something else.
+        """
+        run = cls(Path(path).expanduser())
+        if (run.path / "config.json").is_file():
+            run._compare(asked)
+            return run
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise SaccadeError(
+                f"{path} exists and is not a run directory", path="--out", hint="name an empty or a new one"
+            )
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.path / "config.json", asked)
+        return run
+
+    def _compare(self, asked: dict[str, Any]) -> None:
+        before, now = (_flat({**what, "machine": {}}) for what in (self.config, json.loads(json.dumps(asked))))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise SaccadeError(
+                    f"{self.path} holds another run: {name} was {before.get(name)}, and is {now.get(name)} now",
+                    path="--out",
+                    hint="name a new directory, or ask for the same to go on with that run",
+                )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was asked."""
+        return _read_json(self.path / "config.json")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known so far: data fingerprint, environment, code, initial weights, sessions, results."""
+        path = self.path / "record.json"
+        return _read_json(path) if path.exists() else {}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What came out; empty until the run has ended."""
+        return self.record.get("summary", {})
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to the record."""
+        write_json(self.path / "record.json", {**self.record, **facts})
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was logged. A last line that a crash cut is left out."""
+        path = self.path / "metrics.jsonl"
+        return (
+            [entry for line in path.read_text(encoding="utf-8").splitlines() if (entry := _entry(line))]
+            if path.exists()
+            else []
+        )
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was logged after `step`: those steps are done again."""
+        kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
+        _replace(self.path / "metrics.jsonl", "".join(kept))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def save(
+        self, step: int, facts: dict[str, Any], write: Callable[[Path], None], ranks: Ranks, keep: int = 2
+    ) -> None:
+        """A checkpoint by all ranks: written beside, hashed, verified, then named. The newest `keep` stay."""
+        target, beside = self.checkpoints / str(step), self.checkpoints / f".writing-{step}"
+        ranks.from_first(lambda: _fresh(beside))
+        write(beside)
+        mine = {path.name: _hashed(path) for path in sorted(beside.glob(f"__{ranks.rank}_*"))}
+        everyone = ranks.gather(mine)
+        ranks.from_first(
+            lambda: self._name(target, beside, everyone, {"step": step, "world": ranks.world, **facts}, keep)
+        )
+
+    def _name(self, target: Path, beside: Path, hashes: list[dict[str, Any]], facts: dict[str, Any], keep: int) -> None:
+        files = {name: entry for rank in hashes for name, entry in rank.items()}
+        files[".metadata"] = _hashed(beside / ".metadata")
+        write_json(beside / "manifest.json", {**facts, "files": files})
+        verify(beside)
+        if target.exists():  # a damaged one of the same step, passed over at the start
+            shutil.rmtree(target)
+        os.rename(beside, target)
+        _settle(self.checkpoints)
+        for old in list(self.steps())[keep:]:
+            shutil.rmtree(old)
+
+    def steps(self) -> Iterator[Path]:
+        """The named checkpoints, newest first."""
+        found = (
+            [path for path in self.checkpoints.glob("*") if path.name.isdigit()] if self.checkpoints.exists() else []
+        )
+        yield from sorted(found, key=lambda path: -int(path.name))
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest good checkpoint and its manifest. `say` names each damaged one that is passed over."""
+        for path in self.steps():
+            try:
+                return path, verify(path)
+            except SaccadeError as error:
+                say(f"passed over a damaged checkpoint: {error}")
+        return None
+
+    def tidy(self) -> None:
+        """Removes what an interrupted save left."""
+        for path in self.checkpoints.glob(".writing-*") if self.checkpoints.exists() else ():
+            shutil.rmtree(path)
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all have the hashes it names. Raises `SaccadeError` for any other."""
+    path = directory / "manifest.json"
+    try:
+        manifest = _read_json(path)
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SaccadeError(f"{directory} has no readable manifest: {error}", path=path) from None
+    for name, expected in files.items():
+        file = directory / name
+        if not file.is_file() or _hashed(file) != expected:
+            raise SaccadeError(f"{file} is not the file that was saved", path=file, hint="it was damaged or cut")
+    return manifest
+
+
+def environment() -> dict[str, Any]:
+    """Code version and hash, libraries, machine and command of this session."""
+    package = Path(__file__).parent
+    code = blake3()
+    for path in sorted(package.rglob("*.py")):
+        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    versions = {name: _version(name) for name in _LIBRARIES}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "code": {"version": versions["saccade"], "blake3": code.hexdigest()},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": versions,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def memory_gb() -> float:
+    """The most memory this process has held: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON beside and renames it into place."""
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _flat(content: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {name: content}
+    return {
+        inner: value
+        for key, part in content.items()
+        for inner, value in _flat(part, f"{name}.{key}" if name else key).items()
+    }
+
+
+def _fresh(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _hashed(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "blake3": blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()}
+
+
+def _settle(directory: Path) -> None:
+    """A rename survives a power cut only when its directory has been synced."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,321 @@
+"""The one loop. It knows no method: what a recipe needs differently it says through `recipe.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from saccade import distributed, health, vit, weights
+from saccade.data import Batch, Delivery, Quarantine, Source, fingerprint, loader
+from saccade.distributed import Ranks
+from saccade.draws import Draws, Order, Permutation
+from saccade.errors import SaccadeError, Unreadable
+from saccade.model import Model, build
+from saccade.recipe import Recipe, Training, configure
+from saccade.run import Run, environment, memory_gb
+from saccade.settings import PretrainArguments, checked
+from saccade.sources import open_source
+
+ON_DEVICE = ("pixels", "text")
+"""What of a decoded batch goes to the device; keys, sizes and counts stay, because the random rows are drawn on the CPU."""
+
+
+def pretrain(
+    data: str | Path | Source | Sequence[str | Path | Source],
+    *,
+    recipe: str,
+    out: str | Path,
+    **settings: Any,
+) -> Run:
+    """Learns a representation from unlabelled data, or goes on with the run that was begun in `out`.
+
+    `settings` are the flags of `saccade pretrain` by their own names: the verb's (workers, init, eval, …) and the recipe's
+    (arch, batch, lr, …). Raises `SaccadeError`; with `code` 75 when it was stopped on request: the same call goes on.
+    """
+    parts = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+    own = {name: settings.pop(name) for name in list(settings) if name in PretrainArguments.model_fields}
+    names = tuple(part.__class__.__name__ if isinstance(part, Source) else str(part) for part in parts)
+    arguments = checked(PretrainArguments, {**own, "data": names, "recipe": recipe, "out": str(out)}, owner="pretrain")
+    page, config = configure(recipe, settings, also=PretrainArguments.model_fields)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with distributed.ranks() as ranks:
+        pretraining = Pretraining(page, config, arguments, parts, ranks)
+        with _stop_requests() as requests:
+            pretraining.train(requests)
+        return pretraining.finish()
+
+
+class Pretraining:
+    """One run: data, stages, the loop over steps, checkpoints, and what is written down at the end."""
+
+    def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks):
+        self.page, self.config, self.arguments, self.ranks = page, config, arguments, ranks
+        self.console, self._said = Console(stderr=True, quiet=not ranks.first, highlight=False), -math.inf
+        canvases = [stage.canvas() for _, stage in page.stages(config)]
+        short = None if None in canvases else max(side for side in canvases if side is not None)
+        self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights)
+        sizes, shares = self.source.parts()
+        self.order = Order(sizes, shares, config.seed)
+        self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
+        ranks.from_first(self._check_data)
+        self.stage = -1
+        self._load(self._measure_steps() if config.minutes else self._count_steps())
+
+    def _asked(self) -> dict[str, Any]:
+        arguments = self.arguments.model_dump(mode="json")
+        machine = ("out", "eval", "group_by", "workers", "threads", "compile", "sharding", "max_unreadable", "save_every",
+                   "log_every", "precision")  # fmt: skip
+        what = {name: value for name, value in arguments.items() if name not in machine}
+        settings = self.config.model_dump(mode="json")
+        return {
+            "verb": "pretrain",
+            **what,
+            "settings": settings,
+            "machine": {name: arguments[name] for name in machine},
+        }
+
+    def _check_data(self) -> None:
+        before, now = self.run.record.get("data"), fingerprint(self.source)
+        if before is not None and before != now:
+            raise SaccadeError(
+                f"the data changed since this run began: {before['samples']} samples then, {now['samples']} now"
+                + (", with other contents" if before["samples"] == now["samples"] else ""),
+                path=", ".join(self.arguments.data),
+                hint="restore the data, or begin a new run in another --out",
+            )
+        sessions = [*self.run.record.get("sessions", []), environment()]
+        self.run.note(data=now, sessions=sessions)
+
+    def _count_steps(self) -> int:
+        if self.config.steps is not None:
+            return self.config.steps
+        if self.config.epochs is None:
+            raise SaccadeError("how long?", path="--steps", hint="give --steps, --epochs or --minutes")
+        return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
+
+    def _measure_steps(self) -> int:
+        """Times the first steps on a model that is then thrown away; the record remembers, so a run has one length."""
+        if "steps" in self.run.record:
+            return int(self.run.record["steps"])
+        self._load(1_000_000, save=False)
+        budget, start, times = 60 * (self.config.minutes or 0), time.monotonic(), []
+        batches = self._batches(self._deliveries(0, 1_000_000))
+        while len(times) < 3 or (time.monotonic() - start < min(15, budget / 12) and len(times) < 100):
+            began = time.monotonic()
+            float(self.model.step(batches, 0.0)["loss"])  # waits for the device
+            times.append(time.monotonic() - began)
+            if self.ranks.highest(int(len(times) >= 3 and time.monotonic() - start >= min(15, budget / 12))):
+                break
+        batches.close()
+        typical = sum(times[1:]) / len(times[1:])  # the first one warms up
+        left = budget - (time.monotonic() - start)
+        steps = self.ranks.from_first(lambda: max(1, int(left / typical)))
+        self.stage = -1
+        return steps
+
+    def _load(self, steps: int, save: bool = True) -> None:
+        """The model at the newest good checkpoint, or at the start."""
+        self.steps = steps
+        ends = [round(until * steps) for until, _ in self.page.stages(self.config)]
+        self.stages = list(zip(ends, (config for _, config in self.page.stages(self.config)), strict=True))
+        found = self.ranks.from_first(lambda: self.run.newest(self.say)) if save else None
+        self.step = found[1]["step"] if found else 0
+        self._enter(next(n for n, end in enumerate(ends) if max(self.step, 1) <= end))
+        if found:
+            distributed.load_tensors(self.model.tensors(), found[0], self.ranks)
+            if self.model.scaler.is_enabled():
+                self.model.scaler.load_state_dict(found[1]["scaler"])
+            self.say(f"going on at step {self.step} of {steps}")
+        if save:
+            self.quarantine = Quarantine(
+                self.run.path / "quarantine.jsonl", self.arguments.max_unreadable, len(self.source)
+            )
+            self.ranks.from_first(self._begin)
+
+    def _begin(self) -> None:
+        self.run.tidy()
+        self.run.rewind(self.step)
+        self.run.note(steps=self.steps, initial=self.model.initial)
+
+    def _enter(self, stage: int) -> None:
+        """Builds views, graph and wrappers of a stage; the weights come from the stage before, if there was one."""
+        if stage == self.stage:
+            return
+        before = self.model if self.stage >= 0 else None
+        self.stage = stage
+        self.model = Model(self.page, self.stages[stage][1], self.arguments, self.ranks)
+        if before is not None:
+            self.model.adopt(before)
+
+    def _deliveries(self, first: int, last: int) -> Iterator[Delivery]:
+        workers = self.arguments.workers
+        if workers is None:  # enough to feed a GPU; beside a CPU's own training one is all that helps
+            workers = min(8, torch.get_num_threads()) if self.ranks.device.type == "cuda" else 1
+        return loader(
+            self.source, self.order, first_step=first, last_step=last, batch=self.config.batch,
+            accumulate=self.config.accumulate, rank=self.ranks.rank, world=self.ranks.world, workers=workers,
+            pin=self.ranks.device.type == "cuda",
+        )  # fmt: skip
+
+    def _batches(self, deliveries: Iterator[Delivery], note: bool = False) -> Iterator[Batch]:
+        """Views on the device, in order; the time spent waiting for data is counted on the way."""
+        self.waited, config = 0.0, self.stages[self.stage][1]
+        while True:
+            began = time.monotonic()
+            delivery = next(deliveries, None)
+            self.waited += time.monotonic() - began
+            if delivery is None:
+                return
+            if note:
+                self.quarantine.note(delivery)
+            batch = {
+                name: value.to(self.ranks.device, non_blocking=True) if name in ON_DEVICE else value
+                for name, value in delivery.batch.items()
+            }
+            draws = Draws(config.seed, delivery.step, batch["key"], batch["seen"], batch["place"])
+            yield self.page.views(config, batch, draws)
+
+    def train(self, requests: dict[str, bool]) -> None:
+        """Steps to the end, stage by stage; saves now and then, at the end, and when asked to stop."""
+        self._began = self._saved = time.monotonic()
+        self._first = self.step
+        for stage, (end, _) in enumerate(self.stages):
+            if self.step >= end:
+                continue
+            self._enter(stage)
+            batches = self._batches(self._deliveries(self.step, end), note=True)
+            while self.step < end:
+                metrics = self.model.step(batches, self.step / self.steps)
+                self.step += 1
+                if self.step % self.arguments.log_every == 0 or self.step in (1, self.steps):
+                    self._log(metrics)
+                stop, due = divmod(self.ranks.highest(2 * requests["stop"] + self._due()), 2)
+                if stop or due or self.step == self.steps:
+                    self._log(metrics, write=False)  # never save a model that is no longer finite
+                    self._save()
+                if stop and self.step < self.steps:
+                    raise SaccadeError(f"stopped on request at step {self.step} of {self.steps}, and saved",
+                                       hint="the same command goes on", code=75)  # fmt: skip
+
+    def _due(self) -> bool:
+        every = self.arguments.save_every
+        if every.endswith("m"):
+            return self.ranks.first and time.monotonic() - self._saved > 60 * float(every[:-1])
+        return self.step % int(every) == 0
+
+    def _save(self) -> None:
+        facts = {"scaler": self.model.scaler.state_dict(), "fingerprint": self.run.record["data"]["fingerprint"]}
+        self.run.save(
+            self.step, facts, lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks), self.ranks
+        )
+        self._saved = time.monotonic()
+
+    def _log(self, metrics: dict[str, Tensor], write: bool = True) -> None:
+        """A line on the screen and in metrics.jsonl; raises `SaccadeError` when the loss is no number."""
+        values = dict(zip(metrics, self.ranks.mean([float(value) for value in metrics.values()]), strict=True))
+        if not math.isfinite(values["loss"]):
+            raise SaccadeError(f"the loss is {values['loss']} at step {self.step}: the run diverged", path=self.run.path,
+                               hint="lower --lr or lengthen --warmup; the last checkpoint is from before", code=1)  # fmt: skip
+        if not write or not self.ranks.first:
+            return
+        seconds = time.monotonic() - self._began
+        rate = self.config.batch * (self.step - self._first) / seconds
+        entry = {"step": self.step, **values, "images_per_second": rate, "data_wait": self.waited / seconds,
+                 "memory_gb": memory_gb(), "seconds": seconds, "unreadable": len(self.quarantine)}  # fmt: skip
+        self.run.log(entry)
+        left = (self.steps - self.step) * seconds / (self.step - self._first)
+        if self.console.is_terminal or time.monotonic() - self._said > 10 or self.step == self.steps:
+            self._said = time.monotonic()
+            self.say(f"step {self.step}/{self.steps}  loss {values['loss']:.4f}  {rate:,.0f} images/s  waiting for data "
+                     f"{100 * entry['data_wait']:.0f} %  memory {entry['memory_gb']:.1f} GB  left {int(left) // 60}:"
+                     f"{int(left) % 60:02d}" + (f"  set aside {len(self.quarantine)}" if len(self.quarantine) else ""))  # fmt: skip
+
+    def say(self, line: str) -> None:
+        """To the screen, from the first rank."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def finish(self) -> Run:
+        """Writes the backbone and what came out; every rank gets the finished run."""
+        tensors = distributed.whole(self.model.method.state_dict())
+        self.ranks.from_first(lambda: self._conclude(tensors))
+        return self.run
+
+    def _conclude(self, tensors: dict[str, Tensor]) -> None:
+        if self.run.summary:
+            return
+        method, _ = build(self.page, self.stages[-1][1], None)
+        method.load_state_dict(tensors)
+        features, scores = None, []
+        network = method.encoder().eval()
+        if isinstance(network, vit.ViT):
+            record = {"recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
+                      "licence": self.run.record["initial"].get("licence"), "data": self.run.record["data"],
+                      "initial": self.run.record["initial"]}  # fmt: skip
+            weights.save_backbone(self.run.path / "backbone", network, record)
+            encoder = weights.Encoder(network, record).to(self.ranks.device)
+            features = self._look(encoder)
+            scores = self._evaluate(encoder)
+        logged = self.run.metrics()
+        tail = [entry["loss"] for entry in logged[-max(1, len(logged) // 10) :]]
+        last = logged[-1]
+        self.run.note(summary={
+            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
+            "seconds": last["seconds"], "images_per_second": last["images_per_second"], "data_wait": last["data_wait"],
+            "loss": sum(tail) / len(tail), "health": health.judge([e["loss"] for e in logged], last["data_wait"], features),
+            "eval": scores, "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
+            "memory_gb": last["memory_gb"],
+        })  # fmt: skip
+
+    @torch.inference_mode()
+    def _look(self, encoder: weights.Encoder, count: int = 512) -> Tensor | None:
+        """Embeddings of a fixed choice of the training pictures, for the verdict."""
+        chosen = Permutation(len(self.source), "health")
+        rows = []
+        for place in range(min(count, len(self.source))):
+            with contextlib.suppress(Unreadable):
+                picture = encoder.preprocess(self.source[chosen(place)].pixels)
+                rows.append(encoder.embedding(encoder(picture[None].to(encoder.device)))[0].cpu())
+        return torch.stack(rows) if rows else None
+
+    def _evaluate(self, encoder: weights.Encoder) -> list[dict[str, float]]:
+        if self.arguments.eval is None:
+            return []
+        from saccade.evaluate import evaluate
+
+        found = evaluate(encoder, self.arguments.eval, tasks=("knn", "linear"), group_by=self.arguments.group_by,
+                         baselines=False)  # fmt: skip
+        return [{"step": self.steps, "knn": found["knn"], "linear": found["linear"]}]
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM become a request that is met at the next step boundary; a second one stops at once."""
+    requests = {"stop": False}
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if requests["stop"]:
+            raise KeyboardInterrupt
+        requests["stop"] = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
