@@ -1,7 +1,7 @@
 """Ranks, wrappers and sharded tensors on disk, with torch's own DDP, FSDP2 and DCP.
 
-DCP's `.metadata` is a pickle. It is read by an unpickler that knows the few names of a good one and refuses all others, so
-nothing in a hostile one runs.
+DCP's `.metadata` is a pickle. It is read by an unpickler that knows the few names of a good one and refuses all
+others, so nothing in a hostile one runs.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def wrap(method: nn.Module, ranks: Ranks, sharding: str) -> nn.Module:
-    """The method as several ranks train it: `ddp` copies it, `fsdp` shards it block by block. Alone it stays as it is."""
+    """The method as several ranks train it: `ddp` copies it, `fsdp` shards it by blocks. Alone it stays as it is."""
     if sharding == "fsdp":
         if ranks.world == 1:
             return method
@@ -131,9 +131,10 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+_DTYPES = [kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)]
 _ALLOWED = {
     "collections": {"OrderedDict"},
-    "torch": {"Size", "device", "dtype"} | {name for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)},
+    "torch": {"Size", "device", "dtype"} | {str(kind)[6:] for kind in _DTYPES},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {

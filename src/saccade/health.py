@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from saccade.data import Source
+from saccade.draws import Permutation
+from saccade.errors import Unreadable
+from saccade.weights import Encoder
 
 
 def effective_rank(features: Float[Tensor, "b d"]) -> float:
@@ -23,8 +29,22 @@ def spread(features: Float[Tensor, "b d"]) -> float:
     return 1 - unit.mean(0).norm().item() ** 2
 
 
+@torch.inference_mode()
+def look(encoder: Encoder, source: Source, count: int = 512) -> Float[Tensor, "b d"] | None:
+    """Embeddings of a fixed choice of the source's pictures; None when none of them can be read."""
+    chosen = Permutation(len(source), "health")
+    pictures = []
+    for place in range(min(count, len(source))):
+        with contextlib.suppress(Unreadable):
+            pixels = source[chosen(place)].pixels
+            assert pixels is not None
+            pictures.append(encoder.preprocess(pixels))
+    parts = [torch.stack(pictures[n : n + 32]).to(encoder.device) for n in range(0, len(pictures), 32)]
+    return torch.cat([encoder.embedding(encoder(part)).cpu() for part in parts]) if parts else None
+
+
 def judge(losses: list[float], data_wait: float, features: Float[Tensor, "b d"] | None) -> dict[str, Any]:
-    """Figures and a verdict: healthy, diverged, starved, constant_features or low_rank, with `advice` where there is any.
+    """Figures and a verdict: healthy, diverged, starved, constant_features or low_rank, with `advice` if there is any.
 
     `losses` are those logged, in order; `data_wait` the part of the time spent waiting for data.
     """

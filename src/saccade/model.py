@@ -64,7 +64,7 @@ class Model:
         return weights | {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
 
     def step(self, batches: Iterator[Batch], t: float) -> dict[str, Tensor]:
-        """One optimizer step over `accumulate` batches; what is worth logging, as tensors that nobody has waited for."""
+        """One optimizer step over `accumulate` batches; returns what is worth logging, as tensors not waited for."""
         now = torch.tensor(t, dtype=torch.float32, device=self.ranks.device)
         sums: dict[str, Tensor] = {}
         parts = self.config.accumulate

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class Group:
     """Parameters, by name, that are optimised alike.
 
-    `weight_decay` None takes the configured one; parameters of one `clip_group` are clipped by one common norm; `frozen`
-    parameters keep their values and their moments this step.
+    `weight_decay` None takes the configured one; parameters of one `clip_group` are clipped by one common norm;
+    `frozen` parameters keep their values and their moments this step.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -48,7 +48,7 @@ def warmup_cosine(t: float, warmup: float) -> float:
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     """Layer-wise learning-rate decay for an encoder's parameter names (BEiT, arXiv 2106.08254, appendix).
 
-    Embeddings are layer 0, `blocks.i` layer i + 1, what follows them layer L + 1; the factor is decay ** (L + 1 - layer).
+    Embeddings are layer 0, `blocks.i` layer i + 1, what follows layer L + 1; the factor is decay ** (L + 1 - layer).
     """
     names = list(names)
     blocks = {name: int(found[1]) + 1 for name in names if (found := re.match(r"blocks\.(\d+)\.", name))}
@@ -58,7 +58,7 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
 
 
 def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[Group]:
-    """Decay on matrices only (the 1-D rule: no decay where ndim <= 1 or the name ends in bias); layer decay on the encoder."""
+    """Decay on matrices only (the 1-D rule: ndim > 1, and the name ends not in bias); layer decay on the encoder."""
     inside = {id(parameter): name for name, parameter in encoder.named_parameters()}
     scales = layer_scales(inside.values(), layer_decay)
     grouped: dict[tuple[float, float], dict[str, nn.Parameter]] = defaultdict(dict)
@@ -74,7 +74,7 @@ def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, l
 class AdamW:
     """Fused `torch.optim.AdamW` over groups, with its state as plain tensors by parameter name.
 
-    The state exists from the first step on, so that a checkpoint has one shape and is read in place, on any number of ranks.
+    The state exists from the start, so that a checkpoint has one shape and is read in place, on any number of ranks.
     """
 
     def __init__(self, groups: list[Group], lr: float, betas: tuple[float, float], clip: float | None):

@@ -1,21 +1,25 @@
 """A run directory that explains itself: what was asked, on which data, with which code, and what came out.
 
-`config.json` (asked), `record.json` (grows), `metrics.jsonl`, `quarantine.jsonl`, `checkpoints/STEP/` with `manifest.json`,
-`backbone/`. Whatever is replaced is written beside and renamed, so a reader never sees half of it.
+`config.json` (asked), `record.json` (grows), `metrics.jsonl`, `quarantine.jsonl`, `checkpoints/STEP/` with
+`manifest.json`, `backbone/`. Whatever is replaced is written beside and renamed, so nobody reads half of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -205,6 +209,27 @@ def memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM become a request that is met at the next step boundary; a second one stops at once."""
+    requests = {"stop": False}
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if requests["stop"]:
+            raise KeyboardInterrupt
+        requests["stop"] = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,16 +15,16 @@ from torch import Tensor
 from saccade import distributed, health, vit, weights
 from saccade.data import Batch, Delivery, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
-from saccade.draws import Draws, Order, Permutation
-from saccade.errors import SaccadeError, Unreadable
+from saccade.draws import Draws, Order
+from saccade.errors import SaccadeError
 from saccade.model import Model, build
 from saccade.recipe import Recipe, Training, configure
-from saccade.run import Run, environment, memory_gb
+from saccade.run import Run, environment, memory_gb, stop_requests
 from saccade.settings import PretrainArguments, checked
 from saccade.sources import open_source
 
 ON_DEVICE = ("pixels", "text")
-"""What of a decoded batch goes to the device; keys, sizes and counts stay, because the random rows are drawn on the CPU."""
+"""What of a decoded batch goes to the device; keys, sizes and counts stay: random rows are drawn on the CPU."""
 
 
 def pretrain(
@@ -40,8 +36,8 @@ def pretrain(
 ) -> Run:
     """Learns a representation from unlabelled data, or goes on with the run that was begun in `out`.
 
-    `settings` are the flags of `saccade pretrain` by their own names: the verb's (workers, init, eval, …) and the recipe's
-    (arch, batch, lr, …). Raises `SaccadeError`; with `code` 75 when it was stopped on request: the same call goes on.
+    `settings` are the flags of `saccade pretrain` by their own names: the verb's (workers, init, eval, …) and the
+    recipe's (arch, batch, lr, …). Raises `SaccadeError`; with `code` 75 when it was stopped on request.
     """
     parts = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else [data]
     own = {name: settings.pop(name) for name in list(settings) if name in PretrainArguments.model_fields}
@@ -52,7 +48,7 @@ def pretrain(
         torch.set_num_threads(arguments.threads)
     with distributed.ranks() as ranks:
         pretraining = Pretraining(page, config, arguments, parts, ranks)
-        with _stop_requests() as requests:
+        with stop_requests() as requests:
             pretraining.train(requests)
         return pretraining.finish()
 
@@ -70,21 +66,13 @@ class Pretraining:
         self.order = Order(sizes, shares, config.seed)
         self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
         ranks.from_first(self._check_data)
-        self.stage = -1
+        self.stage, self.waited = -1, 0.0
         self._load(self._measure_steps() if config.minutes else self._count_steps())
 
     def _asked(self) -> dict[str, Any]:
         arguments = self.arguments.model_dump(mode="json")
-        machine = ("out", "eval", "group_by", "workers", "threads", "compile", "sharding", "max_unreadable", "save_every",
-                   "log_every", "precision")  # fmt: skip
-        what = {name: value for name, value in arguments.items() if name not in machine}
-        settings = self.config.model_dump(mode="json")
-        return {
-            "verb": "pretrain",
-            **what,
-            "settings": settings,
-            "machine": {name: arguments[name] for name in machine},
-        }
+        what = {name: arguments.pop(name) for name in ("data", "recipe", "weights", "init")}
+        return {"verb": "pretrain", **what, "settings": self.config.model_dump(mode="json"), "machine": arguments}
 
     def _check_data(self) -> None:
         before, now = self.run.record.get("data"), fingerprint(self.source)
@@ -112,12 +100,10 @@ class Pretraining:
         self._load(1_000_000, save=False)
         budget, start, times = 60 * (self.config.minutes or 0), time.monotonic(), []
         batches = self._batches(self._deliveries(0, 1_000_000))
-        while len(times) < 3 or (time.monotonic() - start < min(15, budget / 12) and len(times) < 100):
+        while not self.ranks.highest(len(times) >= 3 and time.monotonic() - start > min(15, budget / 12)):
             began = time.monotonic()
             float(self.model.step(batches, 0.0)["loss"])  # waits for the device
             times.append(time.monotonic() - began)
-            if self.ranks.highest(int(len(times) >= 3 and time.monotonic() - start >= min(15, budget / 12))):
-                break
         batches.close()
         typical = sum(times[1:]) / len(times[1:])  # the first one warms up
         left = budget - (time.monotonic() - start)
@@ -147,6 +133,8 @@ class Pretraining:
     def _begin(self) -> None:
         self.run.tidy()
         self.run.rewind(self.step)
+        logged = self.run.metrics()
+        self._before = logged[-1]["seconds"] if logged else 0.0
         self.run.note(steps=self.steps, initial=self.model.initial)
 
     def _enter(self, stage: int) -> None:
@@ -171,7 +159,7 @@ class Pretraining:
 
     def _batches(self, deliveries: Iterator[Delivery], note: bool = False) -> Iterator[Batch]:
         """Views on the device, in order; the time spent waiting for data is counted on the way."""
-        self.waited, config = 0.0, self.stages[self.stage][1]
+        config = self.stages[self.stage][1]
         while True:
             began = time.monotonic()
             delivery = next(deliveries, None)
@@ -190,7 +178,7 @@ class Pretraining:
     def train(self, requests: dict[str, bool]) -> None:
         """Steps to the end, stage by stage; saves now and then, at the end, and when asked to stop."""
         self._began = self._saved = time.monotonic()
-        self._first = self.step
+        self._first, self.waited = self.step, 0.0
         for stage, (end, _) in enumerate(self.stages):
             if self.step >= end:
                 continue
@@ -226,21 +214,33 @@ class Pretraining:
         """A line on the screen and in metrics.jsonl; raises `SaccadeError` when the loss is no number."""
         values = dict(zip(metrics, self.ranks.mean([float(value) for value in metrics.values()]), strict=True))
         if not math.isfinite(values["loss"]):
-            raise SaccadeError(f"the loss is {values['loss']} at step {self.step}: the run diverged", path=self.run.path,
-                               hint="lower --lr or lengthen --warmup; the last checkpoint is from before", code=1)  # fmt: skip
+            raise SaccadeError(
+                f"the loss is {values['loss']} at step {self.step}: the run diverged",
+                path=self.run.path,
+                hint="lower --lr or lengthen --warmup; the last checkpoint is from before",
+                code=1,
+            )
         if not write or not self.ranks.first:
             return
         seconds = time.monotonic() - self._began
         rate = self.config.batch * (self.step - self._first) / seconds
-        entry = {"step": self.step, **values, "images_per_second": rate, "data_wait": self.waited / seconds,
-                 "memory_gb": memory_gb(), "seconds": seconds, "unreadable": len(self.quarantine)}  # fmt: skip
+        figures = {
+            "images_per_second": rate,
+            "data_wait": self.waited / seconds,
+            "memory_gb": memory_gb(),
+            "seconds": self._before + seconds,
+        }
+        entry = {"step": self.step, **values, **figures, "unreadable": len(self.quarantine)}
         self.run.log(entry)
         left = (self.steps - self.step) * seconds / (self.step - self._first)
         if self.console.is_terminal or time.monotonic() - self._said > 10 or self.step == self.steps:
             self._said = time.monotonic()
-            self.say(f"step {self.step}/{self.steps}  loss {values['loss']:.4f}  {rate:,.0f} images/s  waiting for data "
-                     f"{100 * entry['data_wait']:.0f} %  memory {entry['memory_gb']:.1f} GB  left {int(left) // 60}:"
-                     f"{int(left) % 60:02d}" + (f"  set aside {len(self.quarantine)}" if len(self.quarantine) else ""))  # fmt: skip
+            aside = f"  set aside {len(self.quarantine)}" if len(self.quarantine) else ""
+            self.say(
+                f"step {self.step}/{self.steps}  loss {values['loss']:.4f}  {rate:,.0f} images/s  "
+                f"waiting for data {100 * entry['data_wait']:.0f} %  memory {entry['memory_gb']:.1f} GB  "
+                f"left {int(left) // 60}:{int(left) % 60:02d}{aside}"
+            )
 
     def say(self, line: str) -> None:
         """To the screen, from the first rank."""
@@ -265,7 +265,7 @@ class Pretraining:
                       "initial": self.run.record["initial"]}  # fmt: skip
             weights.save_backbone(self.run.path / "backbone", network, record)
             encoder = weights.Encoder(network, record).to(self.ranks.device)
-            features = self._look(encoder)
+            features = health.look(encoder, self.source)
             scores = self._evaluate(encoder)
         logged = self.run.metrics()
         tail = [entry["loss"] for entry in logged[-max(1, len(logged) // 10) :]]
@@ -273,22 +273,12 @@ class Pretraining:
         self.run.note(summary={
             "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
             "seconds": last["seconds"], "images_per_second": last["images_per_second"], "data_wait": last["data_wait"],
-            "loss": sum(tail) / len(tail), "health": health.judge([e["loss"] for e in logged], last["data_wait"], features),
-            "eval": scores, "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "loss": sum(tail) / len(tail), "eval": scores,
+            "health": health.judge([entry["loss"] for entry in logged], last["data_wait"], features),
+            "checkpoint": str(self.run.checkpoints / str(self.steps)),
             "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
             "memory_gb": last["memory_gb"],
         })  # fmt: skip
-
-    @torch.inference_mode()
-    def _look(self, encoder: weights.Encoder, count: int = 512) -> Tensor | None:
-        """Embeddings of a fixed choice of the training pictures, for the verdict."""
-        chosen = Permutation(len(self.source), "health")
-        rows = []
-        for place in range(min(count, len(self.source))):
-            with contextlib.suppress(Unreadable):
-                picture = encoder.preprocess(self.source[chosen(place)].pixels)
-                rows.append(encoder.embedding(encoder(picture[None].to(encoder.device)))[0].cpu())
-        return torch.stack(rows) if rows else None
 
     def _evaluate(self, encoder: weights.Encoder) -> list[dict[str, float]]:
         if self.arguments.eval is None:
@@ -298,24 +288,3 @@ class Pretraining:
         found = evaluate(encoder, self.arguments.eval, tasks=("knn", "linear"), group_by=self.arguments.group_by,
                          baselines=False)  # fmt: skip
         return [{"step": self.steps, "knn": found["knn"], "linear": found["linear"]}]
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[dict[str, bool]]:
-    """SIGINT and SIGTERM become a request that is met at the next step boundary; a second one stops at once."""
-    requests = {"stop": False}
-    if threading.current_thread() is not threading.main_thread():
-        yield requests
-        return
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if requests["stop"]:
-            raise KeyboardInterrupt
-        requests["stop"] = True
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
