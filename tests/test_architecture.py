@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(["vit", "convnet", "text", "heads", "losses", "optim", "distributed"], 0),
     "recipe": 1,
     "recipes": 2,
-    **dict.fromkeys(["run", "weights", "published", "health"], 3),
+    **dict.fromkeys(["run", "weights", "published", "health", "model"], 3),
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
     "cli": 5,

@@ -60,7 +60,7 @@ def test_the_readme_opens_with_two_commands() -> None:
         line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines() if line
     ]
     assert commands[:2] == ["pip install . && saccade tour", "pip install '.[dev]' && pytest"]
-    assert "pip install '.[dev]' && pytest\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for path in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (ROOT / path).exists(), path
 

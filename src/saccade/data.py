@@ -6,14 +6,14 @@ R registers, K kept or chosen tokens, S side of a crop.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import dataclasses
 import json
 import os
 import signal
-import weakref
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -310,7 +310,15 @@ def _start_worker(_: int) -> None:
     keep_memory()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # SIGTERM often goes to a whole job; only the main process's own may end a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def loader(
@@ -350,23 +358,10 @@ def _as_it_is(delivery: Any) -> Any:
 
 
 def _unwrap(deliveries: DataLoader[Any]) -> Iterator[Delivery]:
-    iterator = iter(deliveries)
-    if deliveries.num_workers:
-        _running.add(iterator)
-    for delivery in iterator:
+    for delivery in deliveries:
         if isinstance(delivery, SaccadeError):
             raise delivery
         yield delivery
-
-
-_running: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_workers() -> None:
-    """End the workers of loops that an error left open: Python would send SIGTERM, which they ignore, and wait."""
-    for iterator in list(_running):
-        iterator._shutdown_workers()
 
 
 class Quarantine:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,10 +183,19 @@ class _Reader(filesystem.FileSystemReader):
         return found
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that a single process saves alone: it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
 def save_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
     """Writes tensors, sharded or not, one file a rank; the files are on the disk when this returns."""
     writer = filesystem.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
-    dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
+    with _quiet():
+        dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
 
 
 def load_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
@@ -207,4 +217,5 @@ def load_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> N
             path=directory,
             hint="give the --recipe, --arch and --image-size of this run, or another --out",
         )
-    dcp.load(tensors, storage_reader=_Reader(directory), no_dist=ranks.world == 1)
+    with _quiet():
+        dcp.load(tensors, storage_reader=_Reader(directory), no_dist=ranks.world == 1)

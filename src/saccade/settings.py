@@ -85,7 +85,10 @@ class PretrainArguments(Settings):
     sharding: Literal["ddp", "fsdp"] = Field("ddp", description="how several ranks share the model: copied or sharded")
     max_unreadable: float = Field(0.1, ge=0, le=1, description="share of unreadable samples above which the run ends")
     save_every: str = Field(
-        "10m", pattern=r"^\d+(\.\d+)?m$|^[1-9]\d*$", description="between checkpoints: minutes (10m) or steps (500)"
+        "10m",
+        pattern=r"^\d+(\.\d+)?m$|^[1-9]\d*$",
+        coerce_numbers_to_str=True,
+        description="between checkpoints: minutes (10m) or steps (500)",
     )
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from saccade.data import Source
 from saccade.errors import SaccadeError, nearest
 from saccade.evaluate.splits import group_names, set_apart
-from saccade.sources import Files, open_source
+from saccade.sources import Files, Shards, open_source
 
 TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 SHARE = 0.2
@@ -45,10 +46,10 @@ def read_labelled(
 ) -> Labelled:
     """The labelled samples and their split.
 
-    A folder with train/ and test/ (or val/), or a list with a column `split`, has an official split; it is kept unless
-    `group_by` asks for groups, because an official split may tear them: then both parts are pooled and split by group.
-    One level of folders, or a list without that column, is split 80/20 by hash. Raises `SaccadeError` for unlabelled
-    data.
+    A folder with train/ and test/ (or val/), or with train.tar and test.tar, or a list with a column `split`, has an
+    official split; it is kept unless `group_by` asks for groups, because an official split may tear them: then both
+    parts are pooled and split by group. One level of folders, or a list without that column, is split 80/20 by hash.
+    Raises `SaccadeError` for unlabelled data.
     """
     source = open_source(labelled, short_side=short_side, channels=channels)
     keys = [source.key(row) for row in range(len(source))]
@@ -92,6 +93,8 @@ def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[
             hint = "give the list a column `label`" if columns else "use folders train/CLASS/… and test/CLASS/…"
             raise SaccadeError(f"{labelled} has no labels", path=str(labelled), hint=hint)
         parts: list[str | None] = [None] * len(keys)
+        if isinstance(source, Shards):
+            parts = _parts_of_shards(keys)
         if "split" in columns:
             parts = [_part(name) for name in columns["split"]]
             if "train" not in parts or "test" not in parts:
@@ -114,6 +117,16 @@ def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[
             hint="train/ and test/ (or val/) belong together",
         )
     return [None] * len(keys), [key.split("/")[0] if "/" in key else None for key in keys]
+
+
+def _parts_of_shards(keys: list[str]) -> list[str | None]:
+    """By the tar's name (train.tar, test-0003.tar), else by the member's first folder, where both parts are there."""
+    for place in (0, 1):
+        firsts = [key.split("/")[place] for key in keys]
+        found: list[str | None] = [_part(re.split(r"[-_.]", first)[0] if place == 0 else first) for first in firsts]
+        if "train" in found and "test" in found:
+            return found
+    return [None] * len(keys)
 
 
 def _part(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures in tar files, read by position: an index of offsets is made once and kept beside the tar.
+"""Pictures in tar files, read by position: an index of offsets is made once, and kept beside the tar if that took long.
 
 Members that share a stem are one sample: the picture, `.txt` its text, `.cls` its label, `.json` its metadata (with
 `label` and `group` where it has them). The stem is the name without its last extension.
@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import tarfile
+import time
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from saccade.sources.files import folder_above, group_of, read
 from saccade.sources.strings import Strings
 
 _PARTS = ("picture", "txt", "cls", "json")
+_WORTH_KEEPING = 0.5
+"""Seconds: an index that is made faster is not written anywhere."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def open_shards(tars: list[Path], short_side: int | None, channels: int, group_b
 
 
 def _index(tar: Path) -> tuple[Strings, Tensor]:
-    """A tar's index: the one kept beside it or in the cache, where it still fits the tar, else made and kept."""
+    """A tar's index: the one kept beside it or in the cache, where it still fits the tar, else made, and kept if slow."""
     state = os.stat(tar)
     stamp = f"1 {state.st_size} {state.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saccade"
@@ -119,7 +122,10 @@ def _index(tar: Path) -> tuple[Strings, Tensor]:
                     return Strings.of(kept.get_tensor("keys"), kept.get_tensor("starts")), kept.get_tensor("spans")
         except (OSError, SafetensorError):
             continue
+    start = time.perf_counter()
     keys, spans = _make_index(tar)
+    if time.perf_counter() - start < _WORTH_KEEPING:
+        return keys, spans
     blob, starts = keys.tensors()
     for place in places:
         if place.parent.exists() and not place.parent.stat().st_mode & stat.S_IWUSR:
