@@ -6,8 +6,12 @@ import ast
 import inspect
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +19,19 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from toys import RECIPES
-from toys.sources import Bands, Clips, Pictures, Texts, Toy
+from toys import RECIPES, SOURCES, small, source
+from toys.sources import Toy
 
 import saccade.recipes
-from saccade import cli, recipe, vit
-from saccade.data import Batch, collate
+from saccade import cli, distributed, recipe, vit
+from saccade.data import Batch, Sample, Source, collate
 from saccade.draws import Draws
+from saccade.errors import SaccadeError
 from saccade.optim import default_groups
+from saccade.run import Run
 
 SHIPPED = recipe.names()
-TOYS = {"bands": Bands, "clips": Clips, "texts": Texts}
-SMALL: dict[str, dict[str, Any]] = {"mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3}}
-"""Settings that make a shipped recipe quick; one that needs none needs no entry."""
+TOYS = sorted(SOURCES)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Case:
     recipe: recipe.Recipe
     config: Any
     source: Toy
+    settings: dict[str, Any]
 
     def method(self) -> recipe.Method:
         torch.manual_seed(0)
@@ -61,9 +66,9 @@ TINY = {"depth": 2, "width": 48, "heads": 3, "hidden": 96}
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     monkeypatch.setattr(saccade.recipes, "__path__", [*saccade.recipes.__path__, RECIPES])
     name = request.param
-    small = {} if name in TOYS else {"arch": "vit-ti/8", "image_size": 32, **SMALL.get(name, {})}
-    page, config = recipe.configure(name, small)
-    return Case(page, config, TOYS.get(name, Pictures)(16))
+    settings = small(name)
+    page, config = recipe.configure(name, settings)
+    return Case(page, config, source(name), {**settings, "log_every": 1})
 
 
 ZERO = torch.tensor(0.25)
@@ -71,7 +76,7 @@ ZERO = torch.tensor(0.25)
 
 def test_the_loss_is_finite_and_every_trained_parameter_gets_a_gradient(case: Case) -> None:
     for _, config in case.recipe.stages(case.config):
-        stage = Case(case.recipe, config, case.source)
+        stage = replace(case, config=config)
         method = stage.method()
         loss, metrics = method(stage.views(stage.batch()), ZERO)
         assert loss.ndim == 0
@@ -170,6 +175,74 @@ def test_every_variant_is_a_config(case: Case) -> None:
         config = case.recipe.configure(variant)
         assert isinstance(config, case.recipe.config)
         assert type(config).model_validate(config.model_dump()) == config
+
+
+class Interrupted(Source):
+    """A source whose first read after the second step comes with a SIGTERM, as a scheduler sends it."""
+
+    def __init__(self, source: Toy, run: Path):
+        self._source, self._metrics, self._calm = source, run / "metrics.jsonl", True
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._calm and self._metrics.exists() and len(self._metrics.read_text().splitlines()) == 2:
+            self._calm = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self._source[index]
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Tensor]:
+    """All that a checkpoint holds: weights, buffers, moments."""
+    folder = run / "checkpoints" / str(step)
+    entries = distributed.metadata(folder).state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    distributed.load_tensors(tensors, folder, distributed.Ranks(0, 1, torch.device("cpu")))
+    return tensors
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(case: Case, tmp_path: Path) -> None:
+    def train(out: str) -> None:
+        source = Interrupted(case.source, tmp_path / "stopped")
+        saccade.pretrain(source, recipe=case.recipe.name, out=tmp_path / out, workers=0, **case.settings)
+
+    train("whole")
+    with pytest.raises(SaccadeError, match="stopped on request at step 3") as stop:
+        train("stopped")
+    assert stop.value.code == 75
+    train("stopped")
+    steps = case.settings["steps"]
+    whole, resumed = checkpoint(tmp_path / "whole", steps), checkpoint(tmp_path / "stopped", steps)
+    assert whole.keys() == resumed.keys()
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    losses = [[entry["loss"] for entry in Run.open(tmp_path / out).metrics()] for out in ("whole", "stopped")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == steps
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every recipe once on two ranks with DDP and once with FSDP2, all from one start of torchrun."""
+    out, ours = tmp_path_factory.mktemp("ranks"), Path(saccade.__file__).parents[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": f"{ours}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "toys.ranks", str(out), *SHIPPED, *TOYS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_ranks_equal_one(case: Case, sharding: str, on_two_ranks: Path, tmp_path: Path) -> None:
+    saccade.pretrain(case.source, recipe=case.recipe.name, out=tmp_path / "alone", workers=0, **case.settings)
+    alone, together = (
+        Run.open(tmp_path / "alone").metrics(),
+        Run.open(on_two_ranks / sharding / case.recipe.name).metrics(),
+    )
+    assert len(alone) == len(together) == case.settings["steps"]
+    losses = torch.tensor([[entry["loss"] for entry in run] for run in (alone, together)], dtype=torch.float64)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
 NEW = '''"""A recipe that did not exist a moment ago: guess the mean colour of a crop from its features."""

@@ -218,7 +218,7 @@ def test_groups_are_kept_together_everywhere(plant: Plant, backbone: Path) -> No
     assert result["split"]["made"].startswith("by hash of the group") and "pooled" in result["split"]["made"]
     assert result["split"]["train_groups"] + result["split"]["test_groups"] == 6
     assert result["baselines"]["group_majority"].keys() == {"from_train", "known"}
-    exam = page._exam(pooled, Extracted({}, pooled.train, pooled.test, []), seed=0)
+    exam = page._exam(pooled, Extracted({}, pooled.train, pooled.test, []), few_label.COUNTS, seed=0)
     held = {name for name, apart in zip(exam.train_names, exam.apart, strict=True) if apart}
     kept = {name for name, apart in zip(exam.train_names, exam.apart, strict=True) if not apart}
     assert held and kept and not held & kept and held | kept == sides[0]

@@ -204,9 +204,9 @@ def test_the_learned_table_is_resized_and_untouched_at_its_own_size():
     model = small()
     with torch.no_grad():  # a table that is linear in the place stays so
         model.pos_embed[0, 1:] = torch.arange(16).remainder(4)[:, None].double()
-    table = model._position_table((4, 4))
+    table = model.position_table((4, 4))
     assert torch.equal(table, model.pos_embed[:, 1:])
-    wide = model._position_table((4, 8)).unflatten(1, (4, 8))[0, :, :, 0]
+    wide = model.position_table((4, 8)).unflatten(1, (4, 8))[0, :, :, 0]
     assert wide.shape == (4, 8) and torch.allclose(wide, wide[:1].expand(4, -1)) and wide[0].diff().min() > -0.1
 
 

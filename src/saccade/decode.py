@@ -114,7 +114,7 @@ def _jpeg(data: bytes, short_side: int | None, channels: int, pixel_limit: int) 
     if turn is None and _fits(array.shape[1], array.shape[0], short_side):
         return array
     image = Image.fromarray(array[..., 0] if channels == 1 else array)
-    return _finish(image if turn is None else image.transpose(turn), short_side, channels)
+    return pixels_of(image if turn is None else image.transpose(turn), short_side, channels)
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -161,7 +161,7 @@ def _picture(data: bytes, short_side: int | None, channels: int, pixel_limit: in
             with _silence() if image.format == "TIFF" else contextlib.nullcontext():
                 image.load()
             turn = _TURNS.get(_orientation(image))
-            return _finish(image if turn is None else image.transpose(turn), short_side, channels)
+            return pixels_of(image if turn is None else image.transpose(turn), short_side, channels)
 
 
 @contextlib.contextmanager
@@ -184,7 +184,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _finish(image: Image.Image, short_side: int | None, channels: int) -> np.ndarray:
+def pixels_of(image: Image.Image, short_side: int | None, channels: int) -> np.ndarray:
     """A loaded picture to HWC: shrunk where that is allowed, composited, with the channels that are wanted."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.asarray(image).astype(np.int32))  # the mode "I" can be reduced, "I;16" cannot

@@ -6,6 +6,7 @@ others, so nothing in a hostile one runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -104,7 +105,14 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if ours:
+            _ended.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+_ended: list[Any] = []
+"""Process groups that are through. One that dies with the DDP wrapper that uses it joins its threads under Python's lock,
+which they wait for: the process would hang at its end. So the wrapper dies first, and the group at exit."""
+atexit.register(_ended.clear)
 
 
 def wrap(method: nn.Module, ranks: Ranks, sharding: str) -> nn.Module:
@@ -121,7 +129,11 @@ def wrap(method: nn.Module, ranks: Ranks, sharding: str) -> nn.Module:
     if ranks.world == 1:
         return method
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # its successor `forward_sync_buffers` is not in torch 2.11
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,6 +195,13 @@ class _Reader(filesystem.FileSystemReader):
         return found
 
 
+class _Writer(filesystem.FileSystemWriter):
+    """DCP's writer. It stores no path in `.metadata`: a run directory may move, and a Path is a class less to let in."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's remark that a single process saves alone: it is meant to."""
@@ -193,7 +212,7 @@ def _quiet() -> Iterator[None]:
 
 def save_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
     """Writes tensors, sharded or not, one file a rank; the files are on the disk when this returns."""
-    writer = filesystem.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer = _Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
     with _quiet():
         dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
 

@@ -22,7 +22,7 @@ class SaccadeError(Exception):
         where = f" [{self.path}]" if self.path and self.path not in self.error else ""
         return f"{self.error}{where}" + (f" ({self.hint})" if self.hint else "")
 
-    def __reduce__(self):  # a worker's error crosses a process boundary
+    def __reduce__(self) -> tuple[object, ...]:  # a worker's error crosses a process boundary
         return _restore, (self.error, self.path, self.hint, self.code)
 
 

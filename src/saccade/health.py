@@ -31,14 +31,14 @@ def spread(features: Float[Tensor, "b d"]) -> float:
 
 @torch.inference_mode()
 def look(encoder: Encoder, source: Source, count: int = 512) -> Float[Tensor, "b d"] | None:
-    """Embeddings of a fixed choice of the source's pictures; None when none of them can be read."""
+    """Embeddings of a fixed choice of the source's pictures; None where it has none that the encoder takes."""
     chosen = Permutation(len(source), "health")
     pictures = []
     for place in range(min(count, len(source))):
         with contextlib.suppress(Unreadable):
             pixels = source[chosen(place)].pixels
-            assert pixels is not None
-            pictures.append(encoder.preprocess(pixels))
+            if pixels is not None and pixels.shape[:2] == (1, encoder.preprocess.channels):
+                pictures.append(encoder.preprocess(pixels))
     parts = [torch.stack(pictures[n : n + 32]).to(encoder.device) for n in range(0, len(pictures), 32)]
     return torch.cat([encoder.embedding(encoder(part)).cpu() for part in parts]) if parts else None
 

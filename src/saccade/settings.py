@@ -101,6 +101,7 @@ class EvaluateArguments(Settings):
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
     )
     tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="what to measure: any of these")
+    labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")

@@ -67,6 +67,7 @@ class Pretraining:
         self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
         ranks.from_first(self._check_data)
         self.stage, self.waited = -1, 0.0
+        self.model: Model
         self._load(self._measure_steps() if config.minutes else self._count_steps())
 
     def _asked(self) -> dict[str, Any]:
@@ -98,13 +99,14 @@ class Pretraining:
         if "steps" in self.run.record:
             return int(self.run.record["steps"])
         self._load(1_000_000, save=False)
-        budget, start, times = 60 * (self.config.minutes or 0), time.monotonic(), []
+        budget, start = 60 * (self.config.minutes or 0), time.monotonic()
+        times: list[float] = []
         batches = self._batches(self._deliveries(0, 1_000_000))
         while not self.ranks.highest(len(times) >= 3 and time.monotonic() - start > min(15, budget / 12)):
             began = time.monotonic()
             float(self.model.step(batches, 0.0)["loss"])  # waits for the device
             times.append(time.monotonic() - began)
-        batches.close()
+        del batches  # and its workers
         typical = sum(times[1:]) / len(times[1:])  # the first one warms up
         left = budget - (time.monotonic() - start)
         steps = self.ranks.from_first(lambda: max(1, int(left / typical)))

@@ -506,7 +506,7 @@ class ViT(nn.Module):
         shape = (-1,) + (1,) * (images.ndim - 2)
         return (images.to(self.mean.dtype) - (self.mean * scale).view(shape)) / (self.std * scale).view(shape)
 
-    def _position_table(self, grid: tuple[int, ...]) -> Tensor | None:
+    def position_table(self, grid: tuple[int, ...]) -> Tensor | None:
         """Additive positions [1 N D] of a grid, resized from the learned table where it is another."""
         if self.config.position in ("rope", "none"):
             return None
@@ -536,7 +536,7 @@ class ViT(nn.Module):
                 raise ValueError("`hide` needs a mask token: build the ViT with mask_token=True")
             hidden = hide if keep is None else hide.gather(1, keep)
             x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
-        table = self._position_table(grid)
+        table = self.position_table(grid)
         if table is None:
             return x
         return x + (table if keep is None else table[0][keep])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.decode import _finish, decode
+from saccade.decode import decode, pixels_of
 from saccade.errors import SaccadeError, nearest
 from saccade.sources.files import read
 from saccade.vit import Features, ViT, ViTConfig, grid_of
@@ -67,7 +67,7 @@ class Preprocess:
                 read(str(picture), str(picture)), key=str(picture), short_side=self.canvas, channels=self.channels
             )
         elif isinstance(picture, Image.Image):
-            array = _finish(ImageOps.exif_transpose(picture), None, self.channels)
+            array = pixels_of(ImageOps.exif_transpose(picture), None, self.channels)
             pixels = torch.from_numpy(array).permute(2, 0, 1)
         else:
             pixels = picture
@@ -191,7 +191,7 @@ def load_state(vit: ViT, backbone: str | Path) -> dict[str, Any]:
     tensors = encoder.vit.state_dict()
     theirs = encoder.vit.config
     if vit.config.position == theirs.position == "learned" and vit.config.grid != theirs.grid:
-        patches = encoder.vit._position_table(vit.config.grid)
+        patches = encoder.vit.position_table(vit.config.grid)
         assert patches is not None
         prefix = tensors["pos_embed"][:, : -math.prod(theirs.grid)]
         tensors["pos_embed"] = torch.cat([prefix, patches.detach()], dim=1)

@@ -6,6 +6,7 @@ It reads one JSON request a line and answers each with a line: exit codes of the
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -64,6 +65,7 @@ def _become(rank: int, port: int, said: Path, request: dict[str, Any]) -> None:
 
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
+    faulthandler.dump_traceback_later(15)
     if request["world"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(request["world"]), LOCAL_RANK=str(rank),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
@@ -111,7 +113,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
-        hung = time.monotonic() - began > 120
+        hung = time.monotonic() - began > 20
         if hung or (stop and not stopped and _moment(out, stop, began)):
             stopped, number = True, signal.SIGKILL if hung else getattr(signal, (stop or {}).get("signal", "SIGKILL"))
             for child in set(ranks) - codes.keys():
@@ -127,6 +129,7 @@ if __name__ == "__main__":
 
     saccade.recipes.__path__.append(str(TOYS / "recipes"))
     import saccade.recipes.growing
+
     import saccade.recipes.mae
     import saccade.train
 

@@ -39,6 +39,7 @@ def evaluate(
     labelled: str | Path | Source,
     *,
     tasks: Sequence[str] = TASKS,
+    labels: Sequence[int] = few_label.COUNTS,
     group_by: str | None = None,
     image_size: int | None = None,
     seed: int = 0,
@@ -48,10 +49,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of a backbone on labelled pictures, in percent; the keys are those of `saccade evaluate --json`.
 
-    `group_by`: a pattern over keys (or a column of the list) that names what must not be split. `seed`: of the
-    few-label draws and of the untrained network. `out`: a JSON file for the result. Raises `SaccadeError`.
+    `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
+    column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
+    `out`: a JSON file for the result. Raises `SaccadeError`.
     """
     _check_tasks(tasks)
+    if not labels or min(labels) < 1:
+        raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     started = time.perf_counter()
@@ -59,7 +63,7 @@ def evaluate(
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)
     extracted = extract(encoder, data, baselines=baselines, seed=seed, workers=workers)
     read = time.perf_counter() - started
-    exam = _exam(data, extracted, seed)
+    exam = _exam(data, extracted, labels, seed)
     scores = {name: _score(vectors, exam, _asked(name, tasks)) for name, vectors in extracted.features.items()}
     name = backbone if not isinstance(backbone, Encoder) else encoder.record.get("path", "an encoder in memory")
     result = {
@@ -118,7 +122,7 @@ class _Exam:
     split: dict[str, Any]
 
 
-def _exam(data: Labelled, extracted: Extracted, seed: int) -> _Exam:
+def _exam(data: Labelled, extracted: Extracted, counts: Sequence[int], seed: int) -> _Exam:
     train, test = data.labels[extracted.train], data.labels[extracted.test]
     if not len(test) or len(np.unique(train)) < 2:
         raise SaccadeError(
@@ -127,7 +131,8 @@ def _exam(data: Labelled, extracted: Extracted, seed: int) -> _Exam:
     names = data.names(extracted.train)
     apart = set_apart(names, SHARE, "hold-out")
     split = {**data.split, "train": len(train), "test": len(test), "held_out_of_train": int(apart.sum())}
-    plan = few_label.plan(train, [data.keys[row] for row in extracted.train.tolist()], data.classes, len(test), seed)
+    keys = [data.keys[row] for row in extracted.train.tolist()]
+    plan = few_label.plan(train, keys, data.classes, len(test), seed, counts)
     return _Exam(
         data.classes, train, test, apart, names, data.names(extracted.test), data.groups is not None, plan, split
     )  # fmt: skip

@@ -26,13 +26,20 @@ class Plan:
     short: dict[int, str]
 
 
-def plan(labels: np.ndarray, keys: Sequence[str], classes: Sequence[str], test_size: int, seed: int) -> Plan:
+def plan(
+    labels: np.ndarray,
+    keys: Sequence[str],
+    classes: Sequence[str],
+    test_size: int,
+    seed: int,
+    counts: Sequence[int] = COUNTS,
+) -> Plan:
     """5 draws of each count, 20 where test has fewer than 1,000 samples. Classes with too few give all they have."""
     times = 20 if test_size < 1000 else 5
     sizes = {name: int((labels == number).sum()) for number, name in enumerate(classes)}
     largest, smallest = max(sizes.values()), min(sizes, key=lambda name: sizes[name])
     draws, skipped, short = {}, {}, {}
-    for count in COUNTS:
+    for count in sorted(set(counts)):
         if largest < count:
             skipped[count] = f"no class has {count} training samples; the largest has {largest}"
             continue

@@ -47,8 +47,8 @@ def read_labelled(
     """The labelled samples and their split.
 
     A folder with train/ and test/ (or val/), or with train.tar and test.tar, or a list with a column `split`, has an
-    official split; it is kept unless `group_by` asks for groups, because an official split may tear them: then both
-    parts are pooled and split by group. One level of folders, or a list without that column, is split 80/20 by hash.
+    official split; it is kept, unless `group_by` names groups that it tears: then both parts are pooled and split by
+    group. One level of folders, or a list without that column, is split 80/20 by hash.
     Raises `SaccadeError` for unlabelled data.
     """
     source = open_source(labelled, short_side=short_side, channels=channels)
@@ -56,7 +56,7 @@ def read_labelled(
     parts, classes_of = _parts_and_classes(source, keys, labelled)
     groups, warnings = _groups(source, keys, group_by)
     official = any(part is not None for part in parts)
-    if official and group_by is None:
+    if official and (group_by is None or not _torn(groups, parts)):
         train, test, split = _official(parts, warnings)
         _tell_torn_groups(groups, train, test, warnings)
     else:
@@ -66,7 +66,7 @@ def read_labelled(
         train, test = used[~apart], used[apart]
         split = {"made": "by hash of the group" if groups is not None else "by hash of the key"}
         if official:
-            split["made"] += "; the folders' own split was pooled, because it need not keep groups together"
+            split["made"] += "; the folders' own split was pooled, because it tears groups"
         if groups is None:
             warnings.append(
                 "split 80/20 by key: where pictures come in groups (patients, scenes), name them with --group-by"
@@ -160,6 +160,15 @@ def _official(parts: Sequence[str | None], warnings: list[str]) -> tuple[np.ndar
     if unused:
         warnings.append(f"{unused} samples are neither in train nor in test and take no part")
     return np.flatnonzero(named == "train"), np.flatnonzero(named == "test"), {"made": "as given: train and test"}
+
+
+def _torn(groups: list[str] | None, parts: Sequence[str | None]) -> bool:
+    """Whether a group is on both sides of a split."""
+    sides = {
+        side: {group for group, part in zip(groups or [], parts, strict=False) if part == side}
+        for side in ("train", "test")
+    }
+    return bool(sides["train"] & sides["test"])
 
 
 def _tell_torn_groups(groups: list[str] | None, train: np.ndarray, test: np.ndarray, warnings: list[str]) -> None:

@@ -36,8 +36,6 @@ def open_source(
     is 1 or 3; `weights` are the shares in which several sources are drawn (as many as they have samples, if None);
     `group_by` is a pattern whose first parenthesis finds a sample's group in its key. Raises `SaccadeError`.
     """
-    if channels not in (1, 3):
-        raise SaccadeError(f"picture files give 1 or 3 channels, not {channels}", path="channels")
     if group_by is not None:
         try:
             re.compile(group_by)
@@ -72,6 +70,8 @@ def _names(sources: list[Source], several: Sequence[Data]) -> tuple[str, ...]:
 
 
 def _open(data: str | Path, short_side: int | None, channels: int, group_by: str | None) -> Source:
+    if channels not in (1, 3):
+        raise SaccadeError(f"picture files give 1 or 3 channels, not {channels}", path="channels")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(data)):
         raise SaccadeError(
             f"{data} lies elsewhere, and saccade reads local files only so far",

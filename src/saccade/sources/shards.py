@@ -110,7 +110,7 @@ def open_shards(tars: list[Path], short_side: int | None, channels: int, group_b
 
 
 def _index(tar: Path) -> tuple[Strings, Tensor]:
-    """A tar's index: the one kept beside it or in the cache, where it still fits the tar, else made, and kept if slow."""
+    """A tar's index: the one kept beside it or in the cache, if it still fits the tar; else made, and kept if slow."""
     state = os.stat(tar)
     stamp = f"1 {state.st_size} {state.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saccade"
