@@ -71,11 +71,13 @@ class Ranks:
             try:
                 box[0] = work()
             except SaccadeError as error:
-                box[1] = (error.error, error.path, error.hint, error.code)
+                box[1] = error
+            except Exception as error:  # a full disk, a fault of ours: the others must not wait for it
+                dist.broadcast_object_list([None, SaccadeError(f"the first rank failed: {error!r}", code=1)])
+                raise
         dist.broadcast_object_list(box)
         if box[1] is not None:
-            error, path, hint, code = box[1]
-            raise SaccadeError(error, path=path, hint=hint, code=code)
+            raise box[1]
         return box[0]
 
     def gather(self, value: T) -> list[T]:
@@ -110,8 +112,8 @@ def ranks() -> Iterator[Ranks]:
 
 
 _ended: list[Any] = []
-"""Process groups that are through. One that dies with the DDP wrapper that uses it joins its threads under Python's lock,
-which they wait for: the process would hang at its end. So the wrapper dies first, and the group at exit."""
+"""Process groups that are through. One that dies with the DDP wrapper that uses it joins its threads under Python's
+lock, which they wait for: the process would hang at its end. So the wrapper dies first, and the group at exit."""
 atexit.register(_ended.clear)
 
 
@@ -196,7 +198,7 @@ class _Reader(filesystem.FileSystemReader):
 
 
 class _Writer(filesystem.FileSystemWriter):
-    """DCP's writer. It stores no path in `.metadata`: a run directory may move, and a Path is a class less to let in."""
+    """DCP's writer. It stores no path in `.metadata`: runs move, and a Path is one class less to let in."""
 
     def storage_meta(self) -> None:
         return None

@@ -58,7 +58,7 @@ class Run:
         if (run.path / "config.json").is_file():
             run._compare(asked)
             return run
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and (not run.path.is_dir() or any(not _half(path) for path in run.path.iterdir())):
             raise SaccadeError(
                 f"{path} exists and is not a run directory", path="--out", hint="name an empty or a new one"
             )
@@ -136,13 +136,15 @@ class Run:
     def _name(self, target: Path, beside: Path, hashes: list[dict[str, Any]], facts: dict[str, Any], keep: int) -> None:
         files = {name: entry for rank in hashes for name, entry in rank.items()}
         files[".metadata"] = _hashed(beside / ".metadata")
-        write_json(beside / "manifest.json", {**facts, "files": files})
+        content = {**facts, "files": files}
+        write_json(beside / "manifest.json", {**content, "blake3": _digest(content)})
         verify(beside)
         if target.exists():  # a damaged one of the same step, passed over at the start
             shutil.rmtree(target)
         os.rename(beside, target)
         _settle(self.checkpoints)
-        for old in list(self.steps())[keep:]:
+        behind = [path for path in self.steps() if int(path.name) <= facts["step"]]  # those ahead were passed over
+        for old in behind[keep:]:
             shutil.rmtree(old)
 
     def steps(self) -> Iterator[Path]:
@@ -162,9 +164,10 @@ class Run:
         return None
 
     def tidy(self) -> None:
-        """Removes what an interrupted save left."""
-        for path in self.checkpoints.glob(".writing-*") if self.checkpoints.exists() else ():
-            shutil.rmtree(path)
+        """Removes what an interrupted write left."""
+        for path in (*self.path.glob("*"), *self.checkpoints.glob("*")):
+            if _half(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -173,6 +176,8 @@ def verify(directory: Path) -> dict[str, Any]:
     try:
         manifest = _read_json(path)
         files = dict(manifest["files"])
+        if manifest.pop("blake3") != _digest(manifest) or int(directory.name.rpartition("-")[2]) != manifest["step"]:
+            raise ValueError("it is not the one that was saved")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaccadeError(f"{directory} has no readable manifest: {error}", path=path) from None
     for name, expected in files.items():
@@ -238,7 +243,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".writing-{path.name}")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -272,6 +277,15 @@ def _flat(content: Any, name: str = "") -> dict[str, Any]:
         for key, part in content.items()
         for inner, value in _flat(part, f"{name}.{key}" if name else key).items()
     }
+
+
+def _half(path: Path) -> bool:
+    """Whether this was being written, and would have got its name when whole."""
+    return path.name.startswith(".writing-")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _fresh(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ class Pretraining:
             float(self.model.step(batches, 0.0)["loss"])  # waits for the device
             times.append(time.monotonic() - began)
         del batches  # and its workers
-        typical = sum(times[1:]) / len(times[1:])  # the first one warms up
+        typical = statistics.median(times[1:])  # the first one warms up
         left = budget - (time.monotonic() - start)
         steps = self.ranks.from_first(lambda: max(1, int(left / typical)))
         self.stage = -1

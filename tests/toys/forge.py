@@ -1,4 +1,4 @@
-"""Starts sessions of `pretrain` by fork from a process that has imported everything: a session costs tenths of a second.
+"""Starts sessions of `pretrain` by fork from a process that has imported everything: a session costs a second.
 
 It reads one JSON request a line and answers each with a line: exit codes of the ranks, what they said, who was stopped.
 """
@@ -28,14 +28,15 @@ class Forge:
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
 
-    def session(self, out: Path, data: Path, *, world: int = 1, stop: dict[str, Any] | None = None, recipe: str = "growing",
-                **settings: Any) -> dict[str, Any]:  # fmt: skip
+    def session(
+        self, out: Path, data: Path, *, world: int = 1, stop: dict[str, Any] | None = None, **settings: Any
+    ) -> dict[str, Any]:
         """One session of a run.
 
         `stop` says when, by one of `delay` (seconds), `saving` (seconds after a save has begun) and `step` (that
         checkpoint is there), and with which `signal` (SIGKILL if not given).
         """
-        request = {"out": str(out), "data": str(data), "world": world, "stop": stop, "recipe": recipe}
+        request = {"out": str(out), "data": str(data), "world": world, "stop": stop}
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({**request, "settings": settings}) + "\n")
         self._process.stdin.flush()
@@ -58,6 +59,15 @@ def forge() -> Iterator[Forge]:
         process.stdout.close()
 
 
+def pictures(folder: Path, source: Any) -> Path:
+    """The source's pictures as files."""
+    from PIL import Image
+
+    for index in range(len(source)):
+        Image.fromarray(source[index].pixels[0].permute(1, 2, 0).numpy()).save(folder / f"{index}.png")
+    return folder
+
+
 def _become(rank: int, port: int, said: Path, request: dict[str, Any]) -> None:
     """A rank: runs `pretrain` and ends with the exit code that the command line would give."""
     from saccade.errors import SaccadeError
@@ -65,14 +75,14 @@ def _become(rank: int, port: int, said: Path, request: dict[str, Any]) -> None:
 
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
-    faulthandler.dump_traceback_later(15)
+    faulthandler.dump_traceback_later(100)
     if request["world"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(request["world"]), LOCAL_RANK=str(rank),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     code = 0
     try:
         settings = {"workers": 0, "log_every": 1, "save_every": "3", **request["settings"]}
-        pretrain(request["data"], recipe=request["recipe"], out=request["out"], **settings)
+        pretrain(request["data"], recipe="growing", out=request["out"], **settings)
     except SaccadeError as mistake:
         print(f"saccade: {mistake}", file=sys.stderr)
         code = mistake.code
@@ -113,7 +123,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
-        hung = time.monotonic() - began > 20
+        hung = time.monotonic() - began > 120
         if hung or (stop and not stopped and _moment(out, stop, began)):
             stopped, number = True, signal.SIGKILL if hung else getattr(signal, (stop or {}).get("signal", "SIGKILL"))
             for child in set(ranks) - codes.keys():
@@ -130,7 +140,6 @@ if __name__ == "__main__":
     saccade.recipes.__path__.append(str(TOYS / "recipes"))
     import saccade.recipes.growing
 
-    import saccade.recipes.mae
     import saccade.train
 
     for line in sys.stdin:

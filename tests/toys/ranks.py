@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
-import torch.distributed
-
 import saccade.recipes
+from saccade import distributed
 from toys import RECIPES, small, source
 
 
 def main(out: str, *recipes: str) -> None:
     saccade.recipes.__path__.append(RECIPES)
-    torch.distributed.init_process_group("gloo")
-    for sharding in ("ddp", "fsdp"):
-        for name in recipes:
-            place = f"{out}/{sharding}/{name}"
-            settings = {**small(name), "sharding": sharding, "workers": 0, "log_every": 1}
-            saccade.pretrain(source(name), recipe=name, out=place, **settings)
-    torch.distributed.destroy_process_group()
+    with distributed.ranks():
+        for sharding in ("ddp", "fsdp"):
+            for name in recipes:
+                settings = {**small(name), "sharding": sharding, "workers": 0, "log_every": 1}
+                saccade.pretrain(source(name), recipe=name, out=f"{out}/{sharding}/{name}", **settings)
+                gc.collect()  # a wrapper that lies in a cycle must not live until the interpreter ends
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Method(recipe.Method):
         self.teacher = copy.deepcopy(backbone).requires_grad_(False)
         self.head = nn.Linear(backbone.config.width, backbone.config.width)
         self.pixels = nn.Linear(backbone.config.width, 3)
+        self.places = nn.Parameter(torch.zeros((config.image_size // backbone.config.patch) ** 2, 3))  # a stage's own
 
     def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         with torch.no_grad():
@@ -53,7 +54,7 @@ class Method(recipe.Method):
         patches = self.backbone(batch["images"], hide=batch["hide"]).patches
         mean = F.avg_pool2d(batch["images"], self.backbone.config.patch).flatten(2).transpose(1, 2)
         guess = F.mse_loss(self.head(patches), target)
-        return guess + F.mse_loss(self.pixels(patches), mean), {"guess": guess}
+        return guess + F.mse_loss(self.pixels(patches) + self.places, mean), {"guess": guess}
 
     @torch.no_grad()
     def after_step(self, t: Float[Tensor, ""]) -> None:
