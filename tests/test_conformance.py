@@ -29,6 +29,7 @@ from saccade.draws import Draws
 from saccade.errors import SaccadeError
 from saccade.optim import default_groups
 from saccade.run import Run
+from saccade.tour import PICTURES
 
 SHIPPED = recipe.names()
 TOYS = sorted(SOURCES)
@@ -243,6 +244,15 @@ def test_two_ranks_equal_one(case: Case, sharding: str, on_two_ranks: Path, tmp_
     assert len(alone) == len(together) == case.settings["steps"]
     losses = torch.tensor([[entry["loss"] for entry in run] for run in (alone, together)], dtype=torch.float64)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow  # half a minute of training for each recipe
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_learns_from_real_pictures(name: str, tmp_path: Path) -> None:
+    settings = {**small(name), "batch": 32, "steps": 60, "lr": 2e-3, "log_every": 1}
+    run = saccade.pretrain(PICTURES / "train.tar", recipe=name, out=tmp_path / "run", workers=1, **settings)
+    losses = [entry["loss"] for entry in run.metrics()]
+    assert sum(losses[-10:]) / 10 < 0.9 * losses[0]
 
 
 NEW = '''"""A recipe that did not exist a moment ago: guess the mean colour of a crop from its features."""

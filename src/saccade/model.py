@@ -93,7 +93,9 @@ class Model:
 
     def adopt(self, before: Model) -> None:
         """Takes over a former stage's weights and moments, by name; what is new in this stage stays as it was built."""
-        old = before.tensors()
-        for name, tensor in self.tensors().items():
-            if name in old and old[name].shape == tensor.shape:
+        old, new = before.tensors(), self.tensors()
+        for name, tensor in new.items():
+            count = name.startswith("optimizer/") and name.endswith("/step")  # it says how old the moments are
+            shaped = name.removesuffix("step") + "exp_avg" if count else name
+            if shaped in old and old[shaped].shape == new[shaped].shape:
                 tensor.detach().copy_(old[name].detach())
