@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import os
 import pickle
@@ -114,7 +115,12 @@ def ranks() -> Iterator[Ranks]:
 _ended: list[Any] = []
 """Process groups that are through. One that dies with the DDP wrapper that uses it joins its threads under Python's
 lock, which they wait for: the process would hang at its end. So the wrapper dies first, and the group at exit."""
-atexit.register(_ended.clear)
+
+
+@atexit.register
+def _end() -> None:
+    gc.collect()  # wrappers in reference cycles
+    _ended.clear()
 
 
 def wrap(method: nn.Module, ranks: Ranks, sharding: str) -> nn.Module:
@@ -180,7 +186,7 @@ def metadata(directory: Path) -> Metadata:
         raise SaccadeError(
             f"the checkpoint {directory} is refused, nothing in it was run: its .metadata is no checkpoint's: {error}",
             path=path,
-            hint="delete this checkpoint; an older one is used instead",
+            hint="delete this checkpoint, and the one before it is used",
         ) from None
     if not isinstance(found, Metadata):
         raise SaccadeError(f"the checkpoint {directory} is refused: its .metadata is no checkpoint's", path=path)

@@ -69,7 +69,7 @@ class PretrainArguments(Settings):
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
     )
-    eval: str | None = Field(None, description="labelled folder to evaluate on, during the run and at its end")
+    eval: str | None = Field(None, description="labelled folder to evaluate on at the end of the run")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     init: str | None = Field(None, description="backbone to start from: a run directory or a checkpoint")
     workers: int | None = Field(
