@@ -5,9 +5,9 @@
 
 The pictures are synthetic (500x375, quality 90): noise with the 1/f spectrum of photos, its colours correlated, at two
 contrasts: 80 kB a file, as photos have (27 to 87 kB in those at hand), and 106 kB. One thread, one process for each
-contender; they take turns, and the median round counts, in CPU seconds. The reference is the training transform of
-facebookresearch/mae: by torchvision itself where that imports, else the same work by the same libraries (Pillow
-decodes, crops and resizes; torch converts and normalises), named as such.
+contender; they take turns, and CPU seconds count, those of the median round; the ratio is the median over rounds. The
+reference is the training transform of facebookresearch/mae: by torchvision itself where that imports, else the same
+work by the same libraries (Pillow decodes, crops and resizes; torch converts and normalises), named as such.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def mae_views(files: list[bytes], step: int) -> Tensor:
     draws = Draws(0, step, batch["key"], batch["seen"] + step, batch["place"])
     views = augment.random_resized_crop(draws.sample("crop"), batch["size"], scale=(0.2, 1.0))
     views = augment.flip(views, draws.sample("flip"))
-    return augment.render(batch["pixels"], views, 224).sub_(MEAN).div_(SPREAD)
+    return normalise_(augment.render(batch["pixels"], views, 224))
+
+
+def normalise_(views: Tensor) -> Tensor:
+    return views.sub_(MEAN.to(views.device)).div_(SPREAD.to(views.device))
 
 
 def reference() -> tuple[str, Callable[[Image.Image], Tensor]]:
@@ -110,41 +114,52 @@ def _reference_by_hand(image: Image.Image) -> Tensor:
     return pixels.sub_(MEAN).div_(SPREAD)
 
 
-def contend(pipe: Connection, name: str, files: list[bytes]) -> None:
+def contend(pipe: Connection, prepare: Callable[[], Callable[[int], object]]) -> None:
     """One contender: for each number that comes, a round; its CPU seconds go back."""
     torch.set_num_threads(1)
-    if name == "reference":
-        _, transform = reference()
-    else:
-        keep_memory()  # as `loader` does; the reference keeps the memory policy that its users have
+    work = prepare()
     for number in iter(pipe.recv, None):
         start = time.process_time()
-        if name == "canvas":
-            canvas(files)
-        elif name == "view":
-            mae_views(files, number)
-        else:
-            torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data in files])
+        work(number)
         pipe.send(time.process_time() - start)
 
 
-def measure(names: list[str], files: list[bytes], rounds: int) -> dict[str, float]:
-    """Pictures a second of CPU time, the median of rounds in which the contenders, a process each, take turns."""
+def take_turns(contenders: dict[str, Callable[[], Callable[[int], object]]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each round of each contender: a process each, and only one works at a time.
+
+    A contender is what its process calls once, which gives what it calls every round, with the round's number.
+    """
     context = torch.multiprocessing.get_context("fork")
     pipes, processes = {}, []
-    for name in names:
+    for name, prepare in contenders.items():
         pipes[name], there = context.Pipe()
-        processes.append(context.Process(target=contend, args=(there, name, files)))
+        processes.append(context.Process(target=contend, args=(there, prepare), daemon=True))
         processes[-1].start()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 2):
-        for name, pipe in pipes.items():
-            pipe.send(number)
-            seconds[name].append(pipe.recv())
+        for name in list(pipes)[:: -1 if number % 2 else 1]:
+            pipes[name].send(number)
+            seconds[name].append(pipes[name].recv())
     for pipe, process in zip(pipes.values(), processes, strict=True):
         pipe.send(None)
         process.join()
-    return {name: len(files) / statistics.median(taken[2:]) for name, taken in seconds.items()}  # two rounds warm up
+    return {name: taken[2:] for name, taken in seconds.items()}  # two rounds warm up
+
+
+def feed_contenders(files: list[bytes]) -> dict[str, Callable[[], Callable[[int], object]]]:
+    def ours() -> Callable[[int], object]:
+        keep_memory()  # as `loader` does; the reference keeps the memory policy that its users have
+        return lambda number: mae_views(files, number)
+
+    def decoding() -> Callable[[int], object]:
+        keep_memory()
+        return lambda number: canvas(files)
+
+    def theirs() -> Callable[[int], object]:
+        _, transform = reference()
+        return lambda number: torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data in files])
+
+    return {"canvas": decoding, "view": ours, "reference": theirs}
 
 
 def feed(count: int, rounds: int) -> dict[str, object]:
@@ -152,8 +167,9 @@ def feed(count: int, rounds: int) -> dict[str, object]:
     by, _ = reference()
     for name, contrast in (("photo-like", 28.0), ("rich", 50.0)):
         files = [photo(seed, contrast) for seed in range(count)]
-        rates = measure(["canvas", "view", "reference"], files, rounds)
-        ratio = rates["view"] / rates["reference"]
+        seconds = take_turns(feed_contenders(files), rounds)
+        rates = {who: count / statistics.median(taken) for who, taken in seconds.items()}
+        ratio = statistics.median(a / b for a, b in zip(seconds["reference"], seconds["view"], strict=True))
         size = sum(map(len, files)) / count / 1000
         print(f"\n{name}, {size:.0f} kB a file")
         verdict = "below the floor" if rates["canvas"] < FLOOR else "aim met" if rates["canvas"] >= AIM else "floor met"

@@ -1,13 +1,22 @@
-"""One MAE training step beside its peers': forward, backward and AdamW on ready pictures, the same geometry and work.
+"""One training step beside its peers': forward, backward, optimizer on ready pictures, the same geometry and work.
 
-    python benchmarks/step.py CHECKOUT [--rounds 7] [--only s16] [--device cpu] [--compile]
+    python benchmarks/step.py CHECKOUT [--recipe mae] [--only s16] [--rounds 7] [--device cpu] [--compile]
+    python benchmarks/step.py CHECKOUT --recipe dino [--batch 8]
 
-CHECKOUT is a clone of github.com/facebookresearch/mae. An environment of its own holds torch with the torchvision that
-fits, timm, lightly, transformers and what saccade needs; saccade is found by PYTHONPATH=src. The contenders take turns
-within every round, so that what else the machine does hits all alike; the ratio is the median over rounds of theirs to
-ours. Each peer has the optimizer of its own script: AdamW as torch makes it (facebookresearch/mae, lightly) or fused
-(transformers' Trainer). Ours normalises the pictures inside the step; the peers get them normalised. On a GPU all run
-under bfloat16 autocast.
+CHECKOUT is a clone of github.com/facebookresearch/mae, or of github.com/facebookresearch/dino. An environment of its
+own holds torch with the torchvision that fits, timm, lightly, for MAE transformers, and what saccade needs; saccade is
+found by PYTHONPATH=src. The contenders take turns within every round, so that what else the machine does hits all
+alike; the ratio is the median over rounds of theirs to ours. Seconds are of the CPU with one thread, else on the clock.
+On a GPU all run under bfloat16 autocast. Ours normalises the pictures inside the step; the peers get them normalised.
+
+MAE: each peer has the optimizer of its own script: AdamW as torch makes it (facebookresearch/mae, lightly) or fused
+(transformers' Trainer).
+
+DINO: ViT-S/16, two crops of 224 and eight of 96, 65536 prototypes, stochastic depth 0.1 in every student. Ours is the
+step that `saccade pretrain` takes. facebookresearch/dino: its MultiCropWrapper, DINOHead, DINOLoss, clipping of each
+tensor, teacher update, check that the loss is finite and AdamW, without DDP. lightly: its example, which forwards each
+view by itself and clips nothing, with the backbone that it names for ViTs (facebookresearch/dino's), the same head, and
+AdamW instead of Adam.
 """
 
 from __future__ import annotations
@@ -15,22 +24,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import math
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade import optim, vit
+from saccade import distributed, optim, recipe, vit
 from saccade.draws import Draws
-from saccade.recipes import mae
+from saccade.model import Model
+from saccade.recipes import dino, mae
+from saccade.settings import PretrainArguments
 
 LR, BETAS, DECAY = 1.5e-4, (0.9, 0.95), 0.05
 
@@ -54,7 +68,8 @@ CASES = {
     "s16": Case("s", 16, 224, 16, (512, 8, 16)),  # the paper's decoder
     "ti4": Case("ti", 4, 32, 128, (192, 4, 6)),  # the recipe's small_pictures
 }
-Step = Callable[[], Tensor]
+Step = Callable[[], object]
+Contender = tuple[nn.Module, Step]
 
 
 def two_groups(model: nn.Module) -> list[dict]:
@@ -67,7 +82,18 @@ def two_groups(model: nn.Module) -> list[dict]:
     ]
 
 
-def ours(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+def plain_step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], device: torch.device) -> Step:
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(case: Case, images: Tensor, compiled: bool) -> Contender:
     width, depth, heads = case.decoder
     config = mae.Config(
         arch=f"vit-{case.size}/{case.patch}",
@@ -89,10 +115,10 @@ def ours(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module, torch.o
         order = Draws(0, 0, rows, rows, rows).sample("mask").order(case.patches)
         return forward({"images": images, "order": order}, t)[0]
 
-    return method, optimizer.optimizer, loss
+    return method, plain_step(optimizer.optimizer, loss, images.device)
 
 
-def facebookresearch(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+def facebookresearch(case: Case, images: Tensor, compiled: bool) -> Contender:
     import models_mae
     from timm.models.vision_transformer import Block
 
@@ -111,10 +137,11 @@ def facebookresearch(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Mod
         norm_pix_loss=True,
     ).to(images.device)
     forward = torch.compile(model) if compiled else model
-    return model, torch.optim.AdamW(two_groups(model), LR, BETAS), lambda: forward(images, 0.75)[0]
+    optimizer = torch.optim.AdamW(two_groups(model), LR, BETAS)
+    return model, plain_step(optimizer, lambda: forward(images, 0.75)[0], images.device)
 
 
-def transformers(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+def transformers(case: Case, images: Tensor, compiled: bool) -> Contender:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     size, (width, depth, heads) = vit.SIZES[case.size], case.decoder
@@ -135,10 +162,11 @@ def transformers(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module,
     )
     model = ViTMAEForPreTraining(config).to(images.device).train()
     forward = torch.compile(model) if compiled else model
-    return model, torch.optim.AdamW(two_groups(model), LR, BETAS, fused=True), lambda: forward(images).loss
+    optimizer = torch.optim.AdamW(two_groups(model), LR, BETAS, fused=True)
+    return model, plain_step(optimizer, lambda: forward(images).loss, images.device)
 
 
-def lightly(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+def lightly(case: Case, images: Tensor, compiled: bool) -> Contender:
     """Its example predicts hidden patches only, of pixels that are not normalised by patch: a little less work."""
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
@@ -167,7 +195,7 @@ def lightly(case: Case, images: Tensor, compiled: bool) -> tuple[nn.Module, torc
         return F.mse_loss(prediction, utils.get_at_index(utils.patchify(images, case.patch), hidden - 1))
 
     run = torch.compile(forward) if compiled else forward
-    return model, torch.optim.AdamW(two_groups(model), LR, BETAS), lambda: run(images)
+    return model, plain_step(torch.optim.AdamW(two_groups(model), LR, BETAS), lambda: run(images), images.device)
 
 
 CONTENDERS = {
@@ -177,45 +205,163 @@ CONTENDERS = {
     "lightly": lightly,
 }
 
+GLOBALS, LOCALS, SMALL, PROTOTYPES, DROP = 2, 8, 96, 65536, 0.1
+DINO_LR, DINO_DECAY, MOMENTUM, CLIP = 5e-4 / 32, 0.04, 0.996, 3.0
 
-def seconds(optimizer: torch.optim.Optimizer, loss: Step, steps: int, device: str) -> float:
-    """The time of one step, over a few of them."""
-    synchronise = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
-    synchronise()
-    start = time.perf_counter()
-    for _ in range(steps):
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            value = loss()
-        value.backward()
+
+def dino_ours(crops: list[Tensor], compiled: bool) -> Contender:
+    """Half way through training, where the prototypes move, by the step of `saccade pretrain`."""
+    batch = len(crops[0])
+    config = dino.Config(batch=batch, prototypes=PROTOTYPES, drop_path=DROP, local_size=SMALL, local_crops=LOCALS)
+    arguments = PretrainArguments(data=("none",), recipe="dino", out="none", compile=compiled)
+    model = Model(recipe.find("dino"), config, arguments, distributed.Ranks(0, 1, crops[0].device))
+    model.method.train()
+    rows = torch.arange(batch, device=crops[0].device)
+    large, small = torch.cat(crops[:GLOBALS]), torch.cat(crops[GLOBALS:])
+
+    def step() -> None:
+        drop = Draws(0, 0, rows, rows, rows).step("drop").bits(len(crops)).T.flatten()
+        model.step(iter([{"globals": large, "locals": small, "drop": drop}]), 0.5)
+
+    return model.method, step
+
+
+def dino_network() -> tuple[nn.Module, nn.Module]:
+    """facebookresearch/dino's ViT-S/16, as a student and as its teacher."""
+    import vision_transformer
+
+    return vision_transformer.vit_small(16, drop_path_rate=DROP), vision_transformer.vit_small(16)
+
+
+def dino_facebookresearch(crops: list[Tensor], compiled: bool) -> Contender:
+    import main_dino
+    import utils
+
+    device = crops[0].device
+    (student, teacher), epochs = dino_network(), 100
+    student = utils.MultiCropWrapper(student, main_dino.DINOHead(student.embed_dim, PROTOTYPES)).to(device)
+    teacher = utils.MultiCropWrapper(teacher, main_dino.DINOHead(teacher.embed_dim, PROTOTYPES)).to(device)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    criterion = main_dino.DINOLoss(PROTOTYPES, len(crops), 0.04, 0.07, 30, epochs).to(device)
+    optimizer = torch.optim.AdamW(utils.get_params_groups(student), DINO_LR, weight_decay=DINO_DECAY)
+    forward = torch.compile(student) if compiled else student
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            seen = teacher(crops[:GLOBALS])
+            loss = criterion(forward(crops), seen, epochs // 2)
+        if not math.isfinite(loss.item()):
+            raise RuntimeError("the loss is not finite")
+        optimizer.zero_grad()
+        loss.backward()
+        utils.clip_gradients(student, CLIP)
+        optimizer.step()
+        with torch.no_grad():
+            for new, old in zip(student.parameters(), teacher.parameters(), strict=True):
+                old.data.mul_(MOMENTUM).add_((1 - MOMENTUM) * new.detach().data)
+
+    return student, step
+
+
+def dino_lightly(crops: list[Tensor], compiled: bool) -> Contender:
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+    device = crops[0].device
+    network, teacher = (net.to(device) for net in dino_network())
+    head = DINOProjectionHead(network.embed_dim, 2048, 256, PROTOTYPES, freeze_last_layer=1).to(device)
+    teacher.load_state_dict(network.state_dict())
+    teacher_head = DINOProjectionHead(network.embed_dim, 2048, 256, PROTOTYPES).to(device)
+    teacher_head.load_state_dict(head.state_dict())
+    deactivate_requires_grad(teacher)
+    deactivate_requires_grad(teacher_head)
+    student = nn.ModuleDict({"backbone": network, "head": head})
+    criterion = DINOLoss(PROTOTYPES, warmup_teacher_temp_epochs=5).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), DINO_LR, weight_decay=DINO_DECAY)
+    backbone = torch.compile(network) if compiled else network
+
+    def step() -> None:
+        update_momentum(network, teacher, m=MOMENTUM)
+        update_momentum(head, teacher_head, m=MOMENTUM)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            seen = [teacher_head(teacher(crop)) for crop in crops[:GLOBALS]]
+            loss = criterion(seen, [head(backbone(crop)) for crop in crops], epoch=50)
+        loss.backward()
+        head.cancel_last_layer_gradients(current_epoch=50)
         optimizer.step()
         optimizer.zero_grad()
+
+    return student, step
+
+
+DINO_CONTENDERS = {
+    "saccade": dino_ours,
+    "facebookresearch/dino": dino_facebookresearch,
+    "lightly": dino_lightly,
+}
+
+
+def seconds(step: Step, steps: int, device: str) -> float:
+    """The time of one step, over a few of them."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronise()
-    return (time.perf_counter() - start) / steps
+    start = clock()
+    for _ in range(steps):
+        step()
+    synchronise()
+    return (clock() - start) / steps
 
 
-def measure(name: str, case: Case, rounds: int, device: str, compiled: bool) -> None:
-    torch.manual_seed(0)
-    pictures = torch.rand(case.batch, 3, case.image_size, case.image_size, device=device)
-    mean, std = torch.tensor(vit.IMAGENET_MEAN, device=device), torch.tensor(vit.IMAGENET_STD, device=device)
-    normalised = (pictures - mean[:, None, None]) / std[:, None, None]
-    ready = {
-        who: make(case, pictures if who == "saccade" else normalised, compiled) for who, make in CONTENDERS.items()
-    }
+def measure(title: str, ready: dict[str, Contender], batch: int, rounds: int, device: str) -> None:
     times: dict[str, list[float]] = {who: [] for who in ready}
-    one = max(seconds(optimizer, loss, 2, device) for _, optimizer, loss in ready.values())  # warm-up
+    one = max(seconds(step, 1, device) for _ in range(2) for _, step in ready.values())  # warm-up
     steps = max(1, round(1.0 / one))
     for turn in range(rounds):
         order = list(ready) if turn % 2 else list(reversed(ready))
         for who in order:
-            _, optimizer, loss = ready[who]
-            times[who].append(seconds(optimizer, loss, steps, device))
-    print(f"\n{name}: vit-{case.size}/{case.patch}, {case.image_size} px, batch {case.batch}, {rounds} rounds")
-    for who, (model, _, _) in ready.items():
+            times[who].append(seconds(ready[who][1], steps, device))
+    print(f"\n{title}, batch {batch}, {rounds} rounds")
+    for who, (model, _) in ready.items():
         median = statistics.median(times[who])
         ratio = statistics.median(theirs / own for theirs, own in zip(times[who], times["saccade"], strict=True))
         size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        rate = case.batch / median
+        rate = batch / median
         print(f"  {who:22s} {median * 1e3:8.1f} ms {rate:8.1f} images/s {ratio:6.2f}x  {size:.2f} M", flush=True)
+
+
+def normalised(pictures: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, device=pictures.device) for values in (vit.IMAGENET_MEAN, vit.IMAGENET_STD))
+    return (pictures - mean[:, None, None]) / std[:, None, None]
+
+
+def measure_mae(name: str, case: Case, rounds: int, device: str, compiled: bool) -> None:
+    torch.manual_seed(0)
+    pictures = torch.rand(case.batch, 3, case.image_size, case.image_size, device=device)
+    ready = {
+        who: make(case, pictures if who == "saccade" else normalised(pictures), compiled)
+        for who, make in CONTENDERS.items()
+    }
+    title = f"{name}: MAE, vit-{case.size}/{case.patch}, {case.image_size} px"
+    measure(title, ready, case.batch, rounds, device)
+
+
+def measure_dino(batch: int, rounds: int, device: str, compiled: bool) -> None:
+    torch.manual_seed(0)
+    place = Path(tempfile.mkdtemp()) / "store"  # the reference's centre is reduced over ranks
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(place), 1), rank=0, world_size=1)
+    sides = [224] * GLOBALS + [SMALL] * LOCALS
+    crops = [torch.rand(batch, 3, side, side, device=device) for side in sides]
+    plain = [normalised(crop) for crop in crops]
+    ready = {
+        who: make([crop.clone() for crop in (crops if who == "saccade" else plain)], compiled)
+        for who, make in DINO_CONTENDERS.items()
+    }
+    title = f"DINO, vit-s/16, {GLOBALS}x224 + {LOCALS}x{SMALL}, {PROTOTYPES} prototypes"
+    measure(title, ready, batch, rounds, device)
+    torch.distributed.destroy_process_group()
 
 
 def processor() -> str:
@@ -227,8 +373,9 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout")
+    parser.add_argument("--recipe", choices=["mae", "dino"], default="mae")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--only", choices=CASES, help="one geometry of MAE")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
@@ -236,29 +383,21 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-
-    import lightly as lightly_package
-    import numpy
-    import timm
-    import transformers as transformers_package
-
-    numpy.float = float  # facebookresearch/mae was written for numpy 1.19
     sys.path.insert(0, arguments.checkout)
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
-    print(
-        f"{machine}, {torch.get_num_threads()} threads, {platform.python_implementation()} {platform.python_version()}"
-    )
-    packages = (torch, timm, lightly_package, transformers_package)
-    print(", ".join(f"{package.__name__} {package.__version__}" for package in packages))
+    print(f"{machine}, {torch.get_num_threads()} threads, Python {platform.python_version()}")
+    packages = ["torch", "lightly"] + (["timm", "transformers"] if arguments.recipe == "mae" else [])
+    print(", ".join(f"{package} {metadata.version(package)}" for package in packages), flush=True)
+    if arguments.recipe == "dino":
+        measure_dino(arguments.batch or 8, arguments.rounds, arguments.device, arguments.compile)
+        return
+    import numpy
+
+    numpy.float = float  # facebookresearch/mae was written for numpy 1.19
     for name, case in CASES.items():
         if arguments.only in (None, name):
-            measure(
-                name,
-                replace(case, batch=arguments.batch or case.batch),
-                arguments.rounds,
-                arguments.device,
-                arguments.compile,
-            )
+            case = replace(case, batch=arguments.batch or case.batch)
+            measure_mae(name, case, arguments.rounds, arguments.device, arguments.compile)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     **dict.fromkeys(["errors", "settings", "data", "sources", "draws", "decode", "augment", "masking"], 0),
-    **dict.fromkeys(["vit", "convnet", "text", "heads", "losses", "optim", "distributed"], 0),
+    **dict.fromkeys(["vit", "convnet", "backbone", "text", "heads", "losses", "norm", "optim", "distributed"], 0),
     "recipe": 1,
     "recipes": 2,
-    **dict.fromkeys(["run", "weights", "published", "health", "model"], 3),
+    **dict.fromkeys(["run", "weights", "published", "health", "model", "progress"], 3),
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
+    "watch": 4,
     "cli": 5,
     "__main__": 6,
 }

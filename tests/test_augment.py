@@ -320,6 +320,18 @@ def test_steps_follow_each_rows_order_and_clip_after_every_one():
         assert np.abs(out[image].permute(1, 2, 0).numpy() - want).max() < 1e-5
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_factor_of_zero_leaves_one_colour(block):
+    pixels, views = coloured(2), augment.whole(sizes(2, 6, 8))
+    factors = torch.tensor([[0.0, 1.7, 1.8, 0.2], [1.0, 0.0, 1.8, 0.2]])
+    out = pixels.clone()
+    augment.recolour(out, replace(views, factors=factors, grey=torch.tensor([False, True])), "steps", block)
+    assert out[0].abs().max() < 1e-6
+    mean = float((pixels[1].mean((1, 2)) * torch.from_numpy(LUMA)).sum()) * LUMA.sum()
+    assert (out[1] - mean).abs().max() < 1e-3
+    assert (out[1] - out[1, 0, 0, 0]).abs().max() < 1e-6
+
+
 def test_all_at_once_is_one_by_one():
     views = dino(draws(8), sizes(8), count=3)
     one = augment.crop_each(photos(8), views, 32, "bicubic")
@@ -384,7 +396,8 @@ def test_the_matrix_is_the_steps_where_nothing_clips():
         augment.whole(sizes(8)), draws(8).sample("jitter"), brightness=0.2, contrast=0.2, saturation=0.8
     )
     views.factors[:, 3] = torch.tensor([0, 1 / 3, -1 / 3, 0] * 2)  # a third of a circle is a matrix: it swaps channels
-    views = replace(views, grey=torch.arange(8) == 5)
+    sigma = torch.tensor([0, 1.0] * 4)  # what follows the matrix is the same
+    views = replace(views, grey=torch.arange(8) == 5, sigma=sigma)
     steps, matrix = augment.render(pixels, views, 24), augment.render(pixels, views, 24, colour="matrix")
     assert steps.min() > 0
     assert steps.max() < 1

@@ -48,6 +48,18 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         assert f" {verb} " not in runs[0][2], "what does not exist is not listed as if it did"
 
 
+def test_of_several_ranks_only_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["pretrian", "--json"]) == 2
+        said.append(capsys.readouterr())
+    assert said[0].err.count("\n") == 1 and "pretrain" in said[0].out
+    assert said[1].err == said[1].out == ""
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     seconds, packages, text = spent(verb, "--help")

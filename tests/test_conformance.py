@@ -23,7 +23,7 @@ from toys import RECIPES, SOURCES, small, source
 from toys.sources import Toy
 
 import saccade.recipes
-from saccade import cli, distributed, recipe, vit
+from saccade import backbone, cli, convnet, distributed, recipe, vit
 from saccade.data import Batch, Sample, Source, collate
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
@@ -33,12 +33,16 @@ from saccade.tour import PICTURES
 
 SHIPPED = recipe.names()
 TOYS = sorted(SOURCES)
+NEED_A_VIT = ["mae"]
+CONVNETS = [f"{name}-on-a-convnet" for name in SHIPPED if name not in NEED_A_VIT]
+CASES = [*SHIPPED, *TOYS, *CONVNETS]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe, small enough to run in a moment, and data that it can read."""
+    """A recipe on a backbone, small enough to run in a moment, and data that it can read."""
 
+    name: str
     recipe: recipe.Recipe
     config: Any
     source: Toy
@@ -46,11 +50,15 @@ class Case:
 
     def method(self) -> recipe.Method:
         torch.manual_seed(0)
-        switches = {**self.config.backbone()} if self.recipe.name in TOYS else {**TINY, **self.config.backbone()}
-        backbone = vit.build(
-            self.config.arch, image_size=self.config.image_size, channels=self.config.channels, **switches
+        tiny = {} if self.name in TOYS else TINY_CONVNET if self.name in CONVNETS else TINY
+        config = self.config
+        network = backbone.build(
+            config.arch, image_size=config.image_size, channels=config.channels, **{**tiny, **config.backbone()}
         )
-        return self.recipe.method(self.config, backbone, {})
+        for block in network.modules():
+            if isinstance(block, convnet.BasicBlock):  # it starts at 0, and what is before it gets no gradient yet
+                torch.nn.init.ones_(block.last_norm.weight)
+        return self.recipe.method(config, network, {})
 
     def batch(self, places: range = range(8), step: int = 3, seen: int = 0) -> Batch:
         return collate([self.source[place] for place in places], [seen] * len(places), list(places))
@@ -61,15 +69,16 @@ class Case:
 
 
 TINY = {"depth": 2, "width": 48, "heads": 3, "hidden": 96}
+TINY_CONVNET = {"blocks": (1, 1), "widths": (16, 24), "stride": 8}
 
 
-@pytest.fixture(params=[*SHIPPED, *TOYS])
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     monkeypatch.setattr(saccade.recipes, "__path__", [*saccade.recipes.__path__, RECIPES])
     name = request.param
     settings = small(name)
-    page, config = recipe.configure(name, settings)
-    return Case(page, config, source(name), {**settings, "log_every": 1})
+    page, config = recipe.configure(name.partition("-")[0], settings)
+    return Case(name, page, config, source(name), {**settings, "log_every": 1})
 
 
 ZERO = torch.tensor(0.25)
@@ -228,8 +237,8 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, ours = tmp_path_factory.mktemp("ranks"), Path(saccade.__file__).parents[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": f"{ours}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", "toys.ranks", str(out), *SHIPPED, *TOYS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*launch, "-m", "toys.ranks", str(out), *CASES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -239,11 +248,17 @@ def test_two_ranks_equal_one(case: Case, sharding: str, on_two_ranks: Path, tmp_
     saccade.pretrain(case.source, recipe=case.recipe.name, out=tmp_path / "alone", workers=0, **case.settings)
     alone, together = (
         Run.open(tmp_path / "alone").metrics(),
-        Run.open(on_two_ranks / sharding / case.recipe.name).metrics(),
+        Run.open(on_two_ranks / sharding / case.name).metrics(),
     )
     assert len(alone) == len(together) == case.settings["steps"]
     losses = torch.tensor([[entry["loss"] for entry in run] for run in (alone, together)], dtype=torch.float64)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", NEED_A_VIT)
+def test_a_recipe_that_needs_a_vit_says_so(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SaccadeError, match=r"this recipe needs a ViT.*\[--arch\]"):
+        saccade.pretrain(source(name), recipe=name, out=tmp_path / "run", **{**small(name), "arch": "convnext-a/8"})
 
 
 @pytest.mark.slow  # half a minute of training for each recipe

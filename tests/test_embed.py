@@ -155,8 +155,9 @@ def test_wrong_tokens(tmp_path: Path, backbone: Path) -> None:
     headless = vit.build("vit-ti/4", image_size=16, width=16, depth=1, heads=2, hidden=32, cls=False, pooling="mean")
     weights.save_backbone(tmp_path / "headless", headless, {})
     with pytest.raises(SaccadeError, match=r"no class token.*--tokens mean"):
-        embed(tmp_path / "headless", data, out=tmp_path / "index")
-    assert embed(tmp_path / "headless", data, out=tmp_path / "index", tokens=("mean",)).summary()["count"] == 2
+        embed(tmp_path / "headless", data, out=tmp_path / "index", tokens=("cls",))
+    whole = embed(tmp_path / "headless", data, out=tmp_path / "index").summary()
+    assert (whole["count"], whole["tokens"]) == (2, ["mean"])
     for path in data.iterdir():
         path.write_bytes(b"no picture")
     with pytest.raises(SaccadeError, match="none of the pictures"):

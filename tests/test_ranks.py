@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -93,17 +92,6 @@ def test_an_indivisible_batch_is_refused_with_what_would_do() -> None:
         MicroBatches(0, 1, 2, 1, 0, 3)
 
 
-@pytest.fixture(scope="module")
-def workshop() -> Iterator[forge.Forge]:
-    with forge.forge() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return forge.pictures(tmp_path_factory.mktemp("data"), Pictures(30))
-
-
 def losses(out: Path) -> torch.Tensor:
     logged = Run.open(out).metrics()
     assert [entry["step"] for entry in logged] == list(range(1, 13))
@@ -180,11 +168,15 @@ def test_sharding_may_change_between_sessions(
 
 def test_ranks_refuse_together(workshop: forge.Forge, data: Path, tmp_path: Path) -> None:
     """Every rank ends, with the code of a wrong use; none waits for another."""
-    told = workshop.session(tmp_path / "run", data, world=3, batch=16)
+    out = tmp_path / "run"
+    told = workshop.session(out, data, world=3, batch=16)
     assert told["codes"] == [2] * 3 and "use a batch of 15 or 18" in told["said"], told["said"]
-    told = workshop.session(tmp_path / "run", data, world=2, lr=0.5)
+    assert told["said"].count("\n") == 1 and not out.exists()
+    told = workshop.session(out, data, world=2, stop={"step": 3, "signal": "SIGTERM"})
+    assert told["codes"] == [75] * 2 and told["said"].count("stopped on request") == 1, told["said"]
+    told = workshop.session(out, data, world=2, lr=0.5)
     assert told["codes"] == [2] * 2 and "holds another run" in told["said"], told["said"]
-    assert told["seconds"] < 60
+    assert told["said"].count("\n") == 1 and told["seconds"] < 60
 
 
 @pytest.mark.slow  # half a minute: processes that import everything

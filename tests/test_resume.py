@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,10 @@ import torch
 from blake3 import blake3
 from PIL import Image
 from toys import forge
-from toys.sources import Pictures
 
 from saccade import distributed
 from saccade.errors import SaccadeError
-from saccade.run import Run, verify, write_json
-
-
-@pytest.fixture(scope="module")
-def workshop() -> Iterator[forge.Forge]:
-    with forge.forge() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return forge.pictures(tmp_path_factory.mktemp("data"), Pictures(30))
+from saccade.run import _HELD, Run, holding, verify, write_json
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +225,32 @@ def test_a_damaged_checkpoint_ahead_takes_no_good_ones_place(tmp_path: Path) -> 
         run.save(step, {}, lambda path: distributed.save_tensors({"a": torch.ones(2)}, path, ranks), ranks)
     assert [path.name for path in run.steps()] == ["9", "8", "7"]
     assert verify(run.checkpoints / "8")["step"] == 8
+
+
+def test_the_best_checkpoint_outlives_the_others(tmp_path: Path) -> None:
+    run, ranks = Run(tmp_path), distributed.Ranks(0, 1, torch.device("cpu"))
+    for step, best in [(3, 3), (6, 3), (7, 3), (8, 3), (9, 9), (10, 9), (11, 9)]:
+        run.save(step, {}, lambda path: distributed.save_tensors({"a": torch.ones(2)}, path, ranks), ranks, best=best)
+        assert (run.checkpoints / str(best)).exists()
+    assert [path.name for path in run.steps()] == ["11", "10", "9"]
+
+
+def test_two_processes_do_not_share_a_directory(
+    workshop: forge.Forge, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    with holding():
+        Run.claim(undisturbed, Run(undisturbed).config)
+        told = workshop.session(undisturbed, data)
+        assert told["codes"] == [2] and told["said"].count("\n") == 1, told["said"]
+        assert f"another process is training in {undisturbed}" in told["said"]
+        with pytest.raises(SaccadeError, match="another process is training"):
+            Run.claim(undisturbed, Run(undisturbed).config)
+        handle, child = _HELD[undisturbed.resolve()], os.fork()
+        if not child:  # a worker, which may outlive a parent that was killed
+            os._exit(os.path.exists(f"/dev/fd/{handle}"))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "it would keep the parent's lock"
+        assert os.path.exists(f"/dev/fd/{handle}")
+    assert workshop.session(undisturbed, data)["codes"] == [0], "and then it is free"
 
 
 def test_another_request_in_the_same_directory_is_refused_and_named(

@@ -76,7 +76,7 @@ def test_another_architecture(saved: Path) -> None:
         and "reshaped (blocks.0.mlp.fc1.bias [32]" in text
     )
     path.write_text(json.dumps(config | {"vit": config["vit"] | {"deepth": 3}}))
-    assert "describes no ViT" in str(refusal(saved))
+    assert "describes no backbone" in str(refusal(saved))
     path.write_text(json.dumps({"model_type": "vit_mae"}))
     assert "not a config.json of saccade" in str(refusal(saved))
     path.unlink()
@@ -116,7 +116,7 @@ def test_a_pickle_is_refused_and_never_opened(saved: Path, name: str, kind: str)
 def test_init_from_a_backbone_of_another_size(saved: Path) -> None:
     larger = tiny(24)
     record = weights.load_state(larger, saved)
-    theirs = weights.load(saved).vit
+    theirs = weights.load(saved).backbone
     assert record["licence"] == "CC0-1.0"
     torch.testing.assert_close(larger.blocks[1].mlp.fc1.weight, theirs.blocks[1].mlp.fc1.weight, rtol=0, atol=0)
     torch.testing.assert_close(larger.pos_embed[:, 0], theirs.pos_embed[:, 0], rtol=0, atol=0)
@@ -160,11 +160,13 @@ def test_untrained_depends_on_the_seed_alone(saved: Path) -> None:
     first = weights.untrained(encoder, 3)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(2)
-    assert torch.equal(first.vit.blocks[0].attn.qkv.weight, weights.untrained(encoder, 3).vit.blocks[0].attn.qkv.weight)
+    assert torch.equal(
+        first.backbone.blocks[0].attn.qkv.weight, weights.untrained(encoder, 3).backbone.blocks[0].attn.qkv.weight
+    )
 
 
 def test_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
-    weights.save_backbone(tmp_path / "again", weights.load(saved).vit, {"recipe": "x", "licence": "CC0-1.0"})
+    weights.save_backbone(tmp_path / "again", weights.load(saved).backbone, {"recipe": "x", "licence": "CC0-1.0"})
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (saved / "backbone" / name).read_bytes()
     tensors = load_file(saved / "backbone" / "model.safetensors")

@@ -29,6 +29,7 @@ channels than 1 and 3, saturation, hue and grey are an error, and contrast turns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -373,13 +374,100 @@ def recolour(out: Float[Tensor, "v c h w"], views: Views, colour: Colour, block:
     if colour == "matrix" and out.shape[1] == 3:
         _on(out, _where(jittered), _compose, views.order, views.factors, views.grey)
         jittered = torch.zeros_like(jittered)
-    changed = jittered | (views.sigma > 0) | views.threshold.isfinite()
-    for first in _where(changed) if block == 1 else range(0, len(views), max(1, block)):
+        views = replace(views, factors=torch.tensor(_NEUTRAL).expand(len(views), 4), grey=jittered)
+    if block == 1 and out.device.type == "cpu":
+        changed = jittered | (views.sigma > 0) | views.threshold.isfinite()
+        columns = (views.order, views.factors, views.grey, views.sigma, views.threshold)
+        numbers = list(zip(*(column.tolist() for column in columns), strict=True))
+        for view in _where(changed):
+            _recolour_one(out[view : view + 1], *numbers[view])
+        return
+    for first in range(0, len(views), max(1, block)):
         rows, x = views[first : first + block], out[first : first + block]
         if jittered[first : first + block].any():
             _step_by_step(x, rows)
         _on(x, _where(rows.sigma > 0), _gaussian, rows.sigma)
         _on(x, _where(rows.threshold.isfinite()), _invert_above, rows.threshold)
+
+
+def _recolour_one(
+    x: Float[Tensor, "1 c h w"], order: list[int], factors: list[float], grey: bool, sigma: float, threshold: float
+) -> None:
+    """One view on a CPU, by the steps of `_step_by_step`.
+
+    The colours are `gain * x + lift`: what only scales and shifts touches no pixel, and a step is clipped only where
+    it can leave [0, 1], which is by a factor above 1.
+    """
+    gain, lift, luma = 1.0, 0.0, sum(_LUMA) if x.shape[1] == 3 else 1.0  # luma: what the grey of white is
+    for kind in order:
+        factor = factors[kind]
+        if factor == _NEUTRAL[kind] or (x.shape[1] == 1 and kind in (_SATURATION, _HUE)):
+            continue
+        if kind == _HUE:
+            _turn(x, factor)
+            continue
+        if kind == _SATURATION:
+            colourless = _luma(x)
+            x.mul_(factor).add_(colourless, alpha=1 - factor)
+            lift *= factor + (1 - factor) * luma
+        else:
+            about = gain * _grey_of(x.mean(dim=(2, 3))[0].tolist()) if kind == _CONTRAST else 0.0  # lift is still 0
+            gain, lift = factor * gain, factor * lift + (1 - factor) * about
+        if gain < 1e-3:  # nearly one colour: bounds of x would be far away
+            x.mul_(gain).add_(lift)
+            gain, lift = 1.0, 0.0
+        if factor > 1:
+            x.clamp_(-lift / gain, (1 - lift) / gain)
+    if grey and x.shape[1] != 1:
+        _to_grey(x)
+        lift *= luma
+    if sigma > 0:
+        _gaussian_one(x, sigma)
+    if threshold < float("inf"):
+        above = x.clone().ge_((threshold - lift) / gain)
+        x.addcmul_(above, (1 - 2 * lift) / gain - 2 * x)
+    if (gain, lift) != (1.0, 0.0):
+        x.mul_(gain).add_(lift).clamp_(0, 1)
+
+
+def _grey_of(channels: list[float]) -> float:
+    """`_luma` of one colour."""
+    weights = _LUMA if len(channels) == 3 else [1 / len(channels)] * len(channels)
+    return sum(weight * channel for weight, channel in zip(weights, channels, strict=True))
+
+
+def _turn(x: Float[Tensor, "1 3 h w"], turn: float) -> None:
+    """Hue in HSV turned by a part of a circle, without its coordinates.
+
+    By thirds of a circle the channels change places. The rest, d sixths, moves a channel along its ramp: with m and M
+    the smallest and the largest channel, c = M - m, n the channel that follows and o the third one, x becomes
+    x - n + m + d c, and c - 2 d c more where n >= o, held within m and M. For d < 0 n and o change places.
+    """
+    thirds = round(3 * turn)
+    part = 6 * turn - 2 * thirds
+    if thirds % 3:
+        x.copy_(x.roll(thirds, dims=1))
+    low, top = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+    chroma = top - low
+    step = -1 if part > 0 else 1
+    over = x - x.roll(step, dims=1)
+    falls = over.roll(step, dims=1).ge_(0)  # a mask as numbers: a choice by bool costs several times a product
+    over.addcmul_(falls, chroma, value=1 - 2 * abs(part)).add_(torch.add(low, chroma, alpha=abs(part)))
+    torch.minimum(torch.maximum(over, low, out=over), top, out=x)
+
+
+def _gaussian_one(x: Float[Tensor, "1 c h w"], sigma: float) -> None:
+    """`_gaussian` of one view."""
+    reach = math.ceil(3 * sigma)
+    weights = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(reach + 1)]
+    total = 2 * sum(weights) - 1
+    for axis, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+        wide = F.pad(x, pad, mode="replicate")
+        taps = wide.as_strided((2 * reach + 1, *x.shape), (wide.stride(axis), *wide.stride())).unbind()
+        torch.mul(taps[reach], weights[0] / total, out=x)
+        for tap in range(1, reach + 1):
+            weight = weights[tap] / total
+            x.add_(taps[reach - tap], alpha=weight).add_(taps[reach + tap], alpha=weight)
 
 
 def _where(chosen: Bool[Tensor, " v"]) -> list[int]:
@@ -419,8 +507,8 @@ def _luma(x: Tensor) -> Tensor:
     """The grey of RGB [n 1 H W]; of other pictures, the mean of their channels."""
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
-    red, green, blue = _LUMA
-    return (x[:, 0:1] * red).add_(x[:, 1:2], alpha=green).add_(x[:, 2:3], alpha=blue)
+    red, green, blue = x.split(1, dim=1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
 def _brightness(x: Tensor, factor: Tensor) -> None:

@@ -113,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops as Ctrl-C does
-        verb = _find(typed)
-        values = _read(typed[0], verb, typed[1:])
+        verb, values = _understand(typed)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
             result = {"ok": True, **verb.call(values)}
     except _HelpShown:
@@ -136,6 +135,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _HelpShown(Exception):
     """tyro has printed the help of a verb."""
+
+
+def _understand(typed: list[str]) -> tuple[Verb, Values]:
+    """The verb and its values. Raises `SaccadeError`: every rank reads the same words, and the first says so."""
+    try:
+        verb = _find(typed)
+        return verb, _read(typed[0], verb, typed[1:])
+    except SaccadeError as mistake:
+        mistake.said_elsewhere = not _speaks()
+        raise
 
 
 def _find(typed: list[str]) -> Verb:
@@ -348,13 +357,20 @@ def _short(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _speaks() -> bool:
+    """Whether this is the only process, or the first of several ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print(text: str) -> None:
     """To stdout, once: of several ranks only the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print(text, flush=True)
 
 
 def _fail(mistake: SaccadeError, as_json: bool) -> int:
+    if mistake.said_elsewhere:
+        return mistake.code
     print(f"saccade: {mistake}", file=sys.stderr)
     if as_json:
         _print(json.dumps({"ok": False, "error": mistake.error, "path": mistake.path, "hint": mistake.hint}))

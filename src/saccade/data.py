@@ -358,7 +358,13 @@ def _as_it_is(delivery: Any) -> Any:
 
 
 def _unwrap(deliveries: DataLoader[Any]) -> Iterator[Delivery]:
-    for delivery in deliveries:
+    born_with = {signal.SIGTERM} if sys.platform == "linux" else set()  # blocked in workers from their first moment
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, born_with)
+    try:
+        started = iter(deliveries)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for delivery in started:
         if isinstance(delivery, SaccadeError):
             raise delivery
         yield delivery

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
@@ -29,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from saccade.errors import SaccadeError
-from saccade.vit import Block
 
 T = TypeVar("T")
 
@@ -78,8 +78,29 @@ class Ranks:
                 raise
         dist.broadcast_object_list(box)
         if box[1] is not None:
-            raise box[1]
+            raise self.shared(box[1])
         return box[0]
+
+    def shared(self, error: SaccadeError) -> SaccadeError:
+        """An error that is raised on every rank, and said by the first."""
+        error.said_elsewhere = not self.first
+        return error
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What every rank does here succeeds on all of them, or ends all of them with one message."""
+        found: SaccadeError | None = None
+        try:
+            yield
+        except SaccadeError as error:
+            found = error
+        everyone = self.gather(found)
+        speaker = next((rank for rank, error in enumerate(everyone) if error is not None), None)
+        if speaker is not None:
+            error = everyone[speaker]
+            assert error is not None
+            error.said_elsewhere = self.rank != speaker
+            raise error
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks."""
@@ -88,6 +109,47 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks of what each of them has, without gradient; alone, what it has."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank's rows; backward sums over ranks what their losses ask of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = list(rows.new_empty(dist.get_world_size(), *rows.shape))
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "n ..."]:
+    """The rows of all ranks, in the order of ranks and with gradient; alone, what it is given.
+
+    Every rank has equally many. Gradients are right where the loss is the mean over ranks of what each computes: they
+    come out as those of the ranks' sum, and the wrappers (DDP, FSDP2) take the mean.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    return _Gather.apply(rows)
+
+
+def first_row(rows: Shaped[Tensor, "b ..."]) -> int:
+    """Where this rank's rows begin among those of all ranks."""
+    return len(rows) * dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextlib.contextmanager
@@ -123,14 +185,14 @@ def _end() -> None:
     _ended.clear()
 
 
-def wrap(method: nn.Module, ranks: Ranks, sharding: str) -> nn.Module:
-    """The method as several ranks train it: `ddp` copies it, `fsdp` shards it by blocks. Alone it stays as it is."""
+def wrap(method: nn.Module, ranks: Ranks, sharding: str, units: tuple[type[nn.Module], ...]) -> nn.Module:
+    """The method as several ranks train it: `ddp` copies it, `fsdp` shards it by `units`. Alone it stays as it is."""
     if sharding == "fsdp":
         if ranks.world == 1:
             return method
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
         for module in method.modules():
-            if isinstance(module, Block):
+            if isinstance(module, units):
                 fully_shard(module, mesh=mesh)
         fully_shard(method, mesh=mesh)
         return method

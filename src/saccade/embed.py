@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import time
@@ -142,17 +143,20 @@ def embed(
     data: str | Path | Source | Sequence[str | Path | Source],
     *,
     out: str | Path,
-    tokens: Sequence[str] = ("cls",),
+    tokens: Sequence[str] | None = None,
     image_size: int | None = None,
     workers: int = 0,
     batch: int = 64,
 ) -> Index:
     """Writes the vectors of all pictures to the directory `out` and returns the index.
 
-    `tokens` are `cls`, `mean` (of the patches) and `patches`. The command goes on where it was stopped, and refuses to
+    `tokens` are `cls`, `mean` (of the patches) and `patches`; the class token, or the mean where the family has no
+    class token, if not given. The command goes on where it was stopped, and refuses to
     with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
     encoder = backbone if isinstance(backbone, Encoder) else load(backbone, image_size=image_size).to(device())
+    if tokens is None:
+        tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
     _check_tokens(encoder, tokens)
     canvas, channels = encoder.preprocess.canvas, encoder.preprocess.channels
     source = open_source(data, short_side=canvas, channels=channels)
@@ -173,7 +177,7 @@ def _check_tokens(encoder: Encoder, tokens: Sequence[str]) -> None:
             raise SaccadeError(f"there are no {token!r} tokens", path="--tokens", hint=nearest(token, TOKENS))
     if not tokens:
         raise SaccadeError("no tokens are asked for", path="--tokens", hint=f"choose of: {', '.join(TOKENS)}")
-    if "cls" in tokens and not encoder.vit.config.cls:
+    if "cls" in tokens and not encoder.backbone.config.cls:
         raise SaccadeError("this backbone has no class token", path="--tokens", hint="use --tokens mean")
 
 
@@ -191,7 +195,7 @@ def _asked(
         "data": fingerprint(source)["fingerprint"],
         "samples": len(source),
         "tokens": list(dict.fromkeys(tokens)),
-        "dim": encoder.vit.config.width,
+        "dim": encoder.backbone.config.width,
         "image_size": encoder.preprocess.crop,
         "batch": batch,
         "command": shlex.join([*words, "--out", str(place), "--tokens", ",".join(tokens)]),
@@ -231,7 +235,7 @@ def _save(place: Path, state: dict[str, Any]) -> None:
 
 def _arrays(place: Path, state: dict[str, Any], encoder: Encoder) -> dict[str, np.ndarray]:
     """The files of vectors, made when nothing has been counted yet, opened for writing."""
-    patches = (encoder.preprocess.crop // encoder.vit.config.patch) ** 2
+    patches = math.prod(encoder.grid)
     arrays: dict[str, np.ndarray] = {}
     for token in state["tokens"]:
         shape = (state["samples"], *([patches] if token == "patches" else []), state["dim"])

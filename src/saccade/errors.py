@@ -11,8 +11,10 @@ class SaccadeError(Exception):
     """A mistake that the user can mend.
 
     `error` says what is wrong in one line, `path` names the file or setting, `hint` says what to do.
-    `code` is the exit code of the command line: 1 failed, 2 wrong use.
+    `code` is the exit code of the command line: 1 failed, 2 wrong use. One that another rank says is `said_elsewhere`.
     """
+
+    said_elsewhere = False
 
     def __init__(self, error: str, *, path: str | Path | None = None, hint: str | None = None, code: int = 2):
         super().__init__(error)

@@ -1,19 +1,31 @@
-"""Is the representation alive: effective rank and spread of features, and a verdict."""
+"""Is the representation alive: figures of features, loss and teacher while a run trains, and a verdict with a cause.
+
+`Monitor` judges from the lines of metrics.jsonl alone, so a run that goes on comes to the verdicts it would have had.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saccade.data import Source
 from saccade.draws import Permutation
 from saccade.errors import Unreadable
-from saccade.weights import Encoder
+from saccade.weights import Encoder, Preprocess
+
+RECENT = 100
+"""Steps over which figures are averaged before they are judged, and a few lines at least."""
+LINES = 5
+DIFFERENCE = 2 / 255
+"""Mean difference of pixels below which two pictures count as the same."""
 
 
 def effective_rank(features: Float[Tensor, "b d"]) -> float:
@@ -29,35 +41,222 @@ def spread(features: Float[Tensor, "b d"]) -> float:
     return 1 - unit.mean(0).norm().item() ** 2
 
 
-@torch.inference_mode()
-def look(encoder: Encoder, source: Source, count: int = 512) -> Float[Tensor, "b d"] | None:
-    """Embeddings of a fixed choice of the source's pictures; None where it has none that the encoder takes."""
+def distinct(pixels: Shaped[Tensor, "b c h w"]) -> int:
+    """How many different pictures there are, by 16 x 16 of their pixels; re-encoded copies count as the same."""
+    height, width = pixels.shape[2:]
+    points = pixels[:, :, :: max(1, height // 16), :: max(1, width // 16)].flatten(1).to(torch.float32)
+    if not pixels.is_floating_point():
+        points = points / torch.iinfo(pixels.dtype).max
+    same = torch.cdist(points, points, p=1) < DIFFERENCE * points.shape[1]
+    return int((~same.tril(-1).any(1)).sum())
+
+
+def choose(source: Source, preprocess: Preprocess, count: int) -> Shaped[Tensor, "b c s s"] | None:
+    """A fixed choice of the source's pictures as the encoder takes them; None where it has none."""
     chosen = Permutation(len(source), "health")
     pictures = []
     for place in range(min(count, len(source))):
         with contextlib.suppress(Unreadable):
             pixels = source[chosen(place)].pixels
-            if pixels is not None and pixels.shape[:2] == (1, encoder.preprocess.channels):
-                pictures.append(encoder.preprocess(pixels))
-    parts = [torch.stack(pictures[n : n + 32]).to(encoder.device) for n in range(0, len(pictures), 32)]
-    return torch.cat([encoder.embedding(encoder(part)).cpu() for part in parts]) if parts else None
+            if pixels is not None and pixels.shape[:2] == (1, preprocess.channels):
+                pictures.append(preprocess(pixels))
+    kinds = {picture.dtype for picture in pictures}
+    return torch.stack([p if len(kinds) == 1 else p.float() for p in pictures]) if pictures else None
 
 
-def judge(losses: list[float], data_wait: float, features: Float[Tensor, "b d"] | None) -> dict[str, Any]:
-    """Figures and a verdict: healthy, diverged, starved, constant_features or low_rank, with `advice` if there is any.
-
-    `losses` are those logged, in order; `data_wait` the part of the time spent waiting for data.
+@torch.inference_mode()
+def look(encoder: Encoder, pictures: Shaped[Tensor, "b c s s"]) -> dict[str, Any]:
+    """`rank` and `spread` of the features of these pictures, None when they are no numbers; `most`, the highest rank
+    that they could have; and the length of all `weights` together.
     """
-    figures: dict[str, Any] = {"rank": None, "spread": None}
-    if features is not None:
-        figures = {"rank": effective_rank(features), "spread": spread(features)}
-    verdict, advice = "healthy", None
-    if losses and (not math.isfinite(losses[-1]) or losses[-1] > 2 * losses[0] > 0):
-        verdict, advice = "diverged", "the loss rose: lower --lr or lengthen --warmup"
-    elif features is not None and figures["spread"] < 1e-4:
-        verdict, advice = "constant_features", "every picture gets the same features: lower --lr, or train longer"
-    elif features is not None and figures["rank"] < min(4.0, 0.05 * min(features.shape)):
-        verdict, advice = "low_rank", "features fill few directions: train longer, or raise the batch"
-    elif data_wait > 0.5:
-        verdict, advice = "starved", "the model waits for data: raise --workers, or store smaller pictures"
-    return {"verdict": verdict, **figures, "advice": advice}
+    parts = [encoder.embedding(encoder(part.to(encoder.device))).float().cpu() for part in pictures.split(64)]
+    features = torch.cat(parts)
+    alive = bool(torch.isfinite(features).all())
+    return {
+        "rank": effective_rank(features) if alive else None,
+        "spread": spread(features) if alive else None,
+        "most": min(features.shape),
+        "weights": torch.stack([p.float().square().sum() for p in encoder.parameters()]).sum().sqrt().item(),
+    }
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict, as in the interface, with what was seen and what to do about it."""
+
+    verdict: str = "healthy"
+    cause: str = ""
+    remedy: str = ""
+
+    @property
+    def advice(self) -> str | None:
+        """Cause and remedy in words; None where nothing is wrong."""
+        return f"{self.cause}; {self.remedy}" if self.cause else None
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.advice}" if self.cause else self.verdict
+
+
+_SLOWER = "lower --lr or lengthen --warmup"
+
+
+class Monitor:
+    """Follows the lines of metrics.jsonl. `finding` is the verdict now, `history` the verdicts by step.
+
+    `chance` is the loss of a method that tells nothing apart, or None; `warmup` the steps in which the learning rate
+    rises; `samples` how many the data have. A new verdict has to stand on two lines, but for what is plain at once.
+    """
+
+    def __init__(self, chance: float | None, warmup: int, samples: int):
+        self.chance, self.warmup, self.samples = chance, warmup, samples
+        self.finding, self.history = Finding(), list[dict[str, Any]]()
+        self._recent = deque[dict[str, Any]]()
+        self._figures: dict[str, Any] = {}
+        self._first: dict[str, Any] = {}  # figures when they were first seen, of the untrained network
+        self._suspected = "healthy"
+        self._lowest = math.inf
+
+    def add(self, entry: dict[str, Any]) -> bool:
+        """Takes in a line; whether the verdict is another than before."""
+        entry = {**entry, **entry.get("health", {})}
+        self._figures |= entry
+        self._first = {**entry, **self._first}
+        self._recent.append(entry)
+        while len(self._recent) > LINES and entry["step"] - self._recent[0]["step"] >= RECENT:
+            self._recent.popleft()
+        plain = self._broken() or self._alike()
+        found = plain or (self._trained() if entry["step"] > self.warmup else None) or Finding()
+        settled, self._suspected = plain is not None or found.verdict == self._suspected, found.verdict
+        changed = settled and found.verdict != self.finding.verdict
+        if changed or found.verdict == self.finding.verdict:
+            self.finding = found
+        if changed:
+            self.history.append({"step": entry["step"], "verdict": found.verdict, "advice": found.advice})
+        return changed
+
+    def summary(self) -> dict[str, Any]:
+        """The verdict, its advice, the figures that it stands on, and the verdicts before it."""
+        names = ("rank", "spread", "teacher_entropy", "prototype_use", "gradient_norm")
+        return {"verdict": self.finding.verdict, **{name: self._figures.get(name) for name in names},
+                "chance": self.chance, "advice": self.finding.advice, "history": self.history}  # fmt: skip
+
+    def _mean(self, name: str) -> float | None:
+        """Over the recent lines after the warm-up that have it."""
+        values = [line[name] for line in self._recent if line.get(name) is not None and line["step"] > self.warmup]
+        return sum(values) / len(values) if values else None
+
+    def _broken(self) -> Finding | None:
+        """Numbers have become none."""
+        loss, figures = self._figures["loss"], self._figures
+        if math.isfinite(loss) and not ("rank" in figures and figures["rank"] is None):
+            return None
+        what = "features are" if math.isfinite(loss) else "loss is"
+        return Finding("diverged", f"the {what} no number any more", _SLOWER)
+
+    def _alike(self) -> Finding | None:
+        """The data themselves show the same thing again and again."""
+        figures, kinds = self._figures, {"pictures": "pictures looked at", "batch": "pictures of a batch"}
+        for shown, where in kinds.items():
+            different = figures.get("distinct" if shown == "pictures" else "batch_distinct", 0)
+            if figures.get(shown, 0) > 1 and 4 * different <= figures[shown]:
+                cause = f"the pictures are (nearly) all the same: {different} of {figures[shown]} {where} differ"
+                return Finding("constant_features", cause, "look in the data for black, empty or repeated files")
+        return None
+
+    def _trained(self) -> Finding | None:
+        """What is judged once the learning rate has risen, the gravest first."""
+        risen = self._risen()
+        ill = self._constant() or self._one_answer() or self._uniform() or self._blind() or self._low_rank()
+        if risen is not None or ill is None:
+            return risen or self._starved()
+        grown = self._figures.get("weights", 0.0) / max(self._first.get("weights", 0.0), 1e-12)
+        if grown > 2 + 0.002 * self._figures["step"]:  # no good rate moves weights so far in so few steps
+            return Finding("diverged", f"{ill.cause}, and the weights have grown {grown:.1f} times: the learning rate "
+                           "is too high", _SLOWER)  # fmt: skip
+        return ill
+
+    def _risen(self) -> Finding | None:
+        """The loss rises above that of the untrained network, or gives back half of what it had gained.
+
+        A loss against a teacher, who changes, is only held against what chance gives.
+        """
+        last, lines = self._recent[-1]["step"], list(self._recent)
+        fresh = [line for line in lines if last - line["step"] < RECENT // 2]
+        window = fresh if len(fresh) >= LINES else lines[-LINES:]
+        now, first = statistics.median(line["loss"] for line in window), self._first["loss"]
+        self._lowest = min(self._lowest, now)
+        low, high = sorted((first, first if self.chance is None else self.chance))
+        gained = 0.0 if "teacher_entropy" in self._first else low - self._lowest
+        lost = gained > 0.1 * low and now > self._lowest + 0.5 * gained
+        brief = len(window) < LINES or last - window[0]["step"] < RECENT // 5
+        if brief or not (lost or now > 1.15 * high):
+            return None
+        before = f"after {self._lowest:.4g}" if lost else f"from {first:.4g} untrained"
+        cause = f"the loss rose to {now:.4g} {before}: the learning rate is too high"
+        return Finding("diverged", cause, _SLOWER)
+
+    def _constant(self) -> Finding | None:
+        """All pictures get the same features, and did not from the untrained network.
+
+        A class token that no loss reads loses spread as well (to a thirtieth in healthy MAE), but no directions.
+        """
+        (spread, rank), (before, most) = (
+            (line.get("spread"), line.get("rank")) for line in (self._figures, self._first)
+        )
+        if spread is None or rank is None or before is None or most is None:
+            return None
+        if spread >= 1e-6 and not (spread < 0.01 * before and rank < 0.5 * most):
+            return None
+        return Finding(
+            "constant_features", "all pictures get the same features", f"{_SLOWER}, or make the views harder"
+        )
+
+    def _one_answer(self) -> Finding | None:
+        """The teacher gives all pictures the same prototypes."""
+        use = self._mean("prototype_use")
+        if use is None or self.chance is None or use * math.exp(self.chance) >= 3:
+            return None
+        count = math.exp(self.chance)
+        cause = f"the teacher gives every picture the same {use * count:.1f} of {count:.0f} prototypes: centring fails"
+        return Finding("constant_features", cause, "lower `centre_momentum` or --lr")
+
+    def _uniform(self) -> Finding | None:
+        """The teacher's answers tell nothing, so the student learns to say nothing."""
+        loss, entropy = self._mean("loss"), self._mean("teacher_entropy")
+        if loss is None or entropy is None or self.chance is None:
+            return None
+        count = round(math.exp(self.chance))
+        wide = count > self.samples
+        if abs(loss / self.chance - 1) > 0.02 or entropy < (0.95 if wide else 0.998) * self.chance:
+            return None
+        cause = f"loss has stayed at {loss:.4f} = ln {count}: the teacher is uniform"
+        if wide:
+            cause += f", its head far too wide for {self.samples} samples"
+            return Finding("uniform_teacher", cause, "lower `prototypes`, then `teacher_temperature`")
+        return Finding("uniform_teacher", cause, "lower `teacher_temperature`, or --lr where it is 0.04 or less")
+
+    def _blind(self) -> Finding | None:
+        """Samples are compared, all come out the same, and there is no gradient left that would change it."""
+        loss, gradient, before = self._mean("loss"), self._mean("gradient_norm"), self._first.get("gradient_norm")
+        if self.chance is None or loss is None or gradient is None or before is None:
+            return None
+        if "teacher_entropy" in self._first or abs(loss / self.chance - 1) > 0.01 or gradient > 0.02 * before:
+            return None
+        cause = f"loss has stayed at {loss:.4f}, where all samples are the same to it ({self.chance:.4f})"
+        return Finding("constant_features", cause, f"{_SLOWER}, or raise `temperature`")
+
+    def _low_rank(self) -> Finding | None:
+        """The features lie in few directions."""
+        rank = self._figures.get("rank")
+        if rank is None or rank >= min(3.0, 0.1 * self._figures["most"]):
+            return None
+        cause = f"features fill {rank:.1f} directions of {self._figures['most']}"
+        return Finding("low_rank", cause, "train longer, raise --batch, or make the views harder")
+
+    def _starved(self) -> Finding | None:
+        """The model waits for data."""
+        waited = self._mean("data_wait")
+        if waited is None or waited <= 0.5 or len(self._recent) < LINES:
+            return None
+        cause = f"{100 * waited:.0f} % of the time is spent waiting for data"
+        return Finding("starved", cause, "raise --workers, or store smaller pictures on a faster disk")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from saccade import distributed, vit, weights
+from saccade import backbone as backbones
+from saccade import distributed, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
 from saccade.optim import AdamW, Group, default_groups, warmup_cosine
-from saccade.recipe import Method, Recipe, Training
+from saccade.recipe import Coupled, Method, Recipe, Training
 from saccade.settings import PretrainArguments
 
 
@@ -21,7 +22,9 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = vit.build(config.arch, image_size=config.image_size, channels=config.channels, **config.backbone())
+        backbone = backbones.build(
+            config.arch, image_size=config.image_size, channels=config.channels, **config.backbone()
+        )
         record = weights.load_state(backbone, init) if init else {"weights": "random", "seed": config.seed}
         return page.method(config, backbone, {}), record
 
@@ -46,7 +49,7 @@ class Model:
         self.method.to(ranks.device)
         if arguments.compile:
             self.method.compile()
-        self.wrapped = distributed.wrap(self.method, ranks, arguments.sharding)
+        self.wrapped = distributed.wrap(self.method, ranks, arguments.sharding, backbones.UNITS)
         self.precision = precision_of(arguments.precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
         lr = config.lr * config.batch / 256
@@ -66,30 +69,60 @@ class Model:
     def step(self, batches: Iterator[Batch], t: float) -> dict[str, Tensor]:
         """One optimizer step over `accumulate` batches; returns what is worth logging, as tensors not waited for."""
         now = torch.tensor(t, dtype=torch.float32, device=self.ranks.device)
-        sums: dict[str, Tensor] = {}
         parts = self.config.accumulate
-        for part in range(parts):
-            if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-                self.wrapped.require_backward_grad_sync = part == parts - 1
-            views = next(batches)
-            with torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32):
-                loss, metrics = self.wrapped(views, now)
-            self.scaler.scale(loss / parts).backward()
-            for name, value in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0) + value.detach() / parts
+        if isinstance(self.method, Coupled) and parts > 1:
+            sums = self._replay([next(batches) for _ in range(parts)], now)
+        else:
+            sums = {}
+            for part in range(parts):
+                loss, metrics = self._forward(next(batches), now, last=part == parts - 1)
+                self.scaler.scale(loss / parts).backward()
+                for name, value in {"loss": loss, **metrics}.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / parts
         groups = self.method.groups(t)
         self.optimizer.set(
-            groups or self.optimizer.groups, warmup_cosine(t, self.config.warmup), self.config.weight_decay
+            groups or self.optimizer.groups,
+            warmup_cosine(t, self.config.warmup, self.config.min_lr / self.optimizer.lr),
+            self.config.weight_decay,
         )
         self.scaler.unscale_(self.optimizer.optimizer)
-        if self.config.clip is not None:
-            sums["gradient_norm"] = self.optimizer.clip_gradients()
+        sums["gradient_norm"] = self.optimizer.clip_gradients()
         self.optimizer.drop_frozen()
         self.scaler.step(self.optimizer.optimizer)
         self.scaler.update()
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(now)
         return sums
+
+    def _forward(self, views: Batch, now: Tensor, *more: Tensor, last: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's loss; ranks exchange gradients behind the last of a step."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            self.wrapped.require_backward_grad_sync = last
+        with self._autocast():
+            return self.wrapped(views, now, *more)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32)
+
+    def _replay(self, parts: list[Batch], now: Tensor) -> dict[str, Tensor]:
+        """Gradients of one loss over several batches: embeddings first, then each batch again with its gradient.
+
+        Batch norm inside the network takes the statistics of each part, both times the same.
+        """
+        method = cast(Coupled, self.method)
+        buffers = [(buffer, buffer.clone()) for buffer in method.buffers()]
+        with torch.no_grad():
+            nothing = torch.zeros_like(now)
+            found = [self._forward(views, now, nothing)[1]["embeddings"] for views in parts]
+            for buffer, before in buffers:  # running statistics follow the second pass alone
+                buffer.copy_(before)
+        embeddings = torch.cat(found).requires_grad_()
+        with self._autocast():
+            loss, metrics = method.couple(embeddings, now)
+        gradients = torch.autograd.grad(self.scaler.scale(loss), embeddings)[0].split([len(part) for part in found])
+        for number, (views, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
+            self._forward(views, now, gradient, last=number == len(parts))[0].backward()
+        return {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
 
     def adopt(self, before: Model) -> None:
         """Takes over a former stage's weights and moments, by name; what is new in this stage stays as it was built."""

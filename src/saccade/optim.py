@@ -11,20 +11,21 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
 class Group:
     """Parameters, by name, that are optimised alike.
 
-    `weight_decay` None takes the configured one; parameters of one `clip_group` are clipped by one common norm;
-    `frozen` parameters keep their values and their moments this step.
+    `weight_decay` None takes the configured one; parameters of one `clip_group` are clipped by one common norm, and
+    each by its own where it is None; `frozen` parameters keep their values and their moments this step.
     """
 
     parameters: dict[str, nn.Parameter]
     lr_scale: float = 1.0
     weight_decay: float | None = None
-    clip_group: str = "all"
+    clip_group: str | None = "all"
     frozen: bool = False
 
 
@@ -38,23 +39,52 @@ def linear(t: Float[Tensor, ""], start: float, end: float, until: float = 1.0) -
     return start + (end - start) * torch.clamp(t / until, 0.0, 1.0)
 
 
-def warmup_cosine(t: float, warmup: float) -> float:
-    """The learning rate's factor: up from 0 in a line until `warmup`, then down to 0 along half a cosine."""
+def warmup_cosine(t: float, warmup: float, end: float = 0.0) -> float:
+    """The learning rate's factor: up from 0 in a line until `warmup`, then down to `end` along half a cosine."""
     if t < warmup:
         return t / warmup
-    return 0.5 * (1 + math.cos(math.pi * (t - warmup) / max(1 - warmup, 1e-12)))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / max(1 - warmup, 1e-12)))
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, part: Float[Tensor, ""]) -> None:
+    """Moves the teacher's parameters by this part of the way to the student's, each rank its own shards."""
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    local = [[p.to_local() if isinstance(p, DTensor) else p.data for p in pair] for pair in pairs]
+    old, new = [list(side) for side in zip(*local, strict=True)]
+    if part.device.type == "cpu":
+        torch._foreach_lerp_(old, new, float(part))
+    else:  # as a number it would make the host wait for the device
+        torch._foreach_mul_(old, 1 - part)
+        torch._foreach_add_(old, torch._foreach_mul(new, part))
 
 
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     """Layer-wise learning-rate decay for an encoder's parameter names (BEiT, arXiv 2106.08254, appendix).
 
-    Embeddings are layer 0, `blocks.i` layer i + 1, what follows layer L + 1; the factor is decay ** (L + 1 - layer).
+    Embeddings and stems are layer 0, the i-th block is layer i (downsampling belongs to the block after it), what
+    follows is layer L + 1; the factor is decay ** (L + 1 - layer).
     """
     names = list(names)
-    blocks = {name: int(found[1]) + 1 for name in names if (found := re.match(r"blocks\.(\d+)\.", name))}
-    last = max(blocks.values(), default=0) + 1
-    first = ("cls_token", "pos_embed", "patch_embed", "register_tokens", "mask_token", "norm_pre")
-    return {name: decay ** (last - blocks.get(name, 0 if name.startswith(first) else last)) for name in names}
+    blocks = {name: _block(name) for name in names}
+    places = {block: n for n, block in enumerate(sorted({block for block in blocks.values() if block}), 1)}
+    last = len(places) + 1
+    layers = {name: places.get(block, 0 if name.startswith(_FIRST) else last) for name, block in blocks.items()}
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+_FIRST = (
+    *("cls_token", "pos_embed", "patch_embed", "register_tokens", "mask_token", "norm_pre"),
+    *("conv1", "bn1", "downsample_layers.0"),
+)
+
+
+def _block(name: str) -> tuple[int, ...]:
+    """The stage (where there are several) and the number of the block that a parameter belongs to; () for none."""
+    if found := re.match(r"(?:blocks|layer|stages)\.?(\d+)\.(?:(\d+)\.)?", name):
+        return tuple(int(number) for number in found.groups() if number is not None)
+    found = re.match(r"downsample_layers\.([1-9]\d*)\.", name)
+    return (int(found[1]), 0) if found else ()
 
 
 def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, layer_decay: float) -> list[Group]:
@@ -108,9 +138,9 @@ class AdamW:
         """Clips each clip group to the configured norm; returns the norm of all gradients before it."""
         members: dict[str, list[Tensor]] = defaultdict(list)
         for group in self.groups:
-            for parameter in group.parameters.values():
+            for name, parameter in group.parameters.items():
                 if parameter.grad is not None and not group.frozen:
-                    members[group.clip_group].append(parameter.grad)
+                    members[group.clip_group or f"only {name}"].append(parameter.grad)
         norms = []
         for gradients in members.values():
             norm = torch.nn.utils.get_total_norm(gradients, foreach=False)

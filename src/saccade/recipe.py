@@ -23,7 +23,7 @@ from saccade.errors import SaccadeError, nearest
 from saccade.optim import Group
 from saccade.settings import LENGTHS, Training, checked, flag
 
-__all__ = ["Group", "Method", "Recipe", "Training", "configure", "find", "names"]
+__all__ = ["Coupled", "Group", "Method", "Recipe", "Training", "configure", "find", "names"]
 
 
 class Method(nn.Module, ABC):
@@ -47,6 +47,39 @@ class Method(nn.Module, ABC):
     def groups(self, t: float) -> list[Group] | None:
         """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
         return None
+
+    def chance(self) -> float | None:
+        """The loss of a method that tells nothing apart, such as ln K over K prototypes; None where there is none."""
+        return None
+
+    def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:
+        """Pictures in [0, 1] that the report shows beside the views, by caption: what this method makes of a batch."""
+        return {}
+
+
+class Coupled(Method):
+    """A method whose loss compares the samples of a whole batch with each other.
+
+    Under gradient accumulation the loop keeps the embeddings of all micro-batches, takes the loss of them together, and
+    replays each micro-batch with the gradient that its embeddings got (GradCache, arXiv 2101.06983): the same loss.
+    """
+
+    @abstractmethod
+    def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b ..."]:
+        """What the loss compares, one row a sample."""
+
+    @abstractmethod
+    def couple(self, embeddings: Float[Tensor, "b ..."], t: Float[Tensor, ""]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of these embeddings and those of the other ranks, and what is worth logging."""
+
+    def forward(
+        self, batch: Batch, t: Float[Tensor, ""], gradient: Tensor | None = None
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss; with a `gradient`, what has that gradient at the embeddings, and the embeddings."""
+        embeddings = self.embed(batch, t)
+        if gradient is None:
+            return self.couple(embeddings, t)
+        return (embeddings * gradient).sum(), {"embeddings": embeddings.detach()}
 
 
 @dataclass(frozen=True)

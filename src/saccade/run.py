@@ -1,12 +1,13 @@
 """A run directory that explains itself: what was asked, on which data, with which code, and what came out.
 
 `config.json` (asked), `record.json` (grows), `metrics.jsonl`, `quarantine.jsonl`, `checkpoints/STEP/` with
-`manifest.json`, `backbone/`. Whatever is replaced is written beside and renamed, so nobody reads half of it.
+`manifest.json`, `backbone/`, `best/`. Whatever is replaced is written beside and renamed, so nobody reads half of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -52,17 +53,20 @@ class Run:
         """A new run, or the one that was begun here with the same request. Nothing is overwritten.
 
         `asked["machine"]` may change from one session to the next; all the rest is the run. Raises `SaccadeError` for
-        the directory of another run or of something else.
+        the directory of another run or of something else, and for one that a process is at work in; it is this
+        process's until `holding` ends.
         """
         run = cls(Path(path).expanduser())
         if (run.path / "config.json").is_file():
             run._compare(asked)
+            _hold(run.path)
             return run
         if run.path.exists() and (not run.path.is_dir() or any(not _half(path) for path in run.path.iterdir())):
             raise SaccadeError(
                 f"{path} exists and is not a run directory", path="--out", hint="name an empty or a new one"
             )
         run.path.mkdir(parents=True, exist_ok=True)
+        _hold(run.path)
         write_json(run.path / "config.json", asked)
         return run
 
@@ -121,19 +125,24 @@ class Run:
         return self.path / "checkpoints"
 
     def save(
-        self, step: int, facts: dict[str, Any], write: Callable[[Path], None], ranks: Ranks, keep: int = 2
+        self,
+        step: int,
+        facts: dict[str, Any],
+        write: Callable[[Path], None],
+        ranks: Ranks,
+        keep: int = 2,
+        best: int | None = None,
     ) -> None:
-        """A checkpoint by all ranks: written beside, hashed, verified, then named. The newest `keep` stay."""
+        """A checkpoint by all ranks: written beside, verified, then named. `best` and the newest `keep` stay."""
         target, beside = self.checkpoints / str(step), self.checkpoints / f".writing-{step}"
         ranks.from_first(lambda: _fresh(beside))
         write(beside)
         mine = {path.name: _hashed(path) for path in sorted(beside.glob(f"__{ranks.rank}_*"))}
         everyone = ranks.gather(mine)
-        ranks.from_first(
-            lambda: self._name(target, beside, everyone, {"step": step, "world": ranks.world, **facts}, keep)
-        )
+        ranks.from_first(lambda: self._name(target, beside, everyone, {"step": step, "world": ranks.world, **facts}))
+        ranks.from_first(lambda: self._prune(step, keep, best))
 
-    def _name(self, target: Path, beside: Path, hashes: list[dict[str, Any]], facts: dict[str, Any], keep: int) -> None:
+    def _name(self, target: Path, beside: Path, hashes: list[dict[str, Any]], facts: dict[str, Any]) -> None:
         files = {name: entry for rank in hashes for name, entry in rank.items()}
         files[".metadata"] = _hashed(beside / ".metadata")
         content = {**facts, "files": files}
@@ -143,9 +152,12 @@ class Run:
             shutil.rmtree(target)
         os.rename(beside, target)
         _settle(self.checkpoints)
-        behind = [path for path in self.steps() if int(path.name) <= facts["step"]]  # those ahead were passed over
+
+    def _prune(self, step: int, keep: int, best: int | None) -> None:
+        behind = [path for path in self.steps() if int(path.name) <= step]  # those ahead were passed over
         for old in behind[keep:]:
-            shutil.rmtree(old)
+            if old.name != str(best):
+                shutil.rmtree(old)
 
     def steps(self) -> Iterator[Path]:
         """The named checkpoints, newest first."""
@@ -168,6 +180,47 @@ class Run:
         for path in (*self.path.glob("*"), *self.checkpoints.glob("*")):
             if _half(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+_HELD: dict[Path, int] = {}
+"""Directories that this process is at work in, and the handles whose locks say so. A lock ends with its process."""
+
+
+def _hold(path: Path) -> None:
+    """Raises `SaccadeError` when another process, or another call in this one, is at work in the directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise SaccadeError(
+            f"another process is training in {path}", path="--out", hint="wait until it ends, or name a new directory"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return
+    _HELD[path.resolve()] = handle
+
+
+@contextlib.contextmanager
+def holding() -> Iterator[None]:
+    """At its end the directories that were claimed inside are free again."""
+    before = set(_HELD)
+    try:
+        yield
+    finally:
+        for path in _HELD.keys() - before:
+            os.close(_HELD.pop(path))
+
+
+def _let_go() -> None:
+    """A forked worker may outlive its parent for some seconds, and must not keep the parent's locks."""
+    for handle in _HELD.values():
+        os.close(handle)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def verify(directory: Path) -> dict[str, Any]:

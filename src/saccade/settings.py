@@ -21,7 +21,9 @@ class Settings(BaseModel):
 class Training(Settings):
     """What the one loop reads. A recipe's `Config` extends it with the paper's values and its own knobs."""
 
-    arch: str = Field("vit-b/16", description="backbone: size and patch, e.g. vit-ti/4, vit-s/16, vit-b/16")
+    arch: str = Field(
+        "vit-b/16", description="backbone: size and patch or stride, e.g. vit-s/16, resnet-18/8, convnext-t/32"
+    )
     image_size: int = Field(224, ge=1, description="side of the (largest) training crop in pixels")
     channels: int = Field(3, ge=1, description="channels of a picture; 3 turns grey and palette pictures into RGB")
     steps: int | None = Field(None, ge=1, description="length in optimizer steps")
@@ -32,6 +34,7 @@ class Training(Settings):
     batch: int = Field(256, ge=1, description="samples an optimizer step, over all ranks and accumulation together")
     accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
     lr: float = Field(1.5e-4, gt=0, description="learning rate at batch 256; scaled linearly with the batch")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end; not scaled")
     warmup: float = Field(0.05, ge=0, le=1, description="part of training in which the learning rate rises from 0")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decay, on matrices only")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
@@ -69,7 +72,9 @@ class PretrainArguments(Settings):
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
     )
-    eval: str | None = Field(None, description="labelled folder to evaluate on at the end of the run")
+    eval: str | None = Field(
+        None, description="labelled folder: ten times a part held out of its train side, and its test side at the end"
+    )
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     init: str | None = Field(None, description="backbone to start from: a run directory or a checkpoint")
     workers: int | None = Field(
@@ -116,7 +121,10 @@ class EmbedArguments(Settings):
     backbone: Word = Field(description="run directory or checkpoint")
     data: WordList = Field(min_length=1, description="folders, list files or tar shards")
     out: str = Field(description="index directory")
-    tokens: tuple[str, ...] = Field(("cls",), description="what is kept of a picture: cls, mean, patches")
+    tokens: tuple[str, ...] | None = Field(
+        None,
+        description="what is kept of a picture: cls, mean, patches; cls, or mean where there is none, if not given",
+    )
     image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     batch: int = Field(64, ge=1, description="pictures that go through the backbone together")

@@ -24,18 +24,13 @@ from saccade.train import pretrain
 PICTURES = Path(__file__).parent / "pictures"
 LABELS = 10
 """Labels a class in the few-label task."""
-RECIPE = "mae:small_machine"
-MINUTES = 2.0
-SETTINGS: dict[str, Any] = {
-    "arch": "vit-ti/8",
-    "image_size": 48,
-    "batch": 64,
-    "lr": 4e-3,
-    "decoder_width": 96,
-    "decoder_depth": 1,
-    "decoder_heads": 3,
-}
-"""What two cores can learn with in that time: 9 of 36 patches a picture, and a decoder of one narrow block."""
+RECIPE = "simclr:small_machine"
+MINUTES = 2.5
+SETTINGS: dict[str, Any] = {"flip": 0.0, "min_scale": 0.4}
+"""Mirrored letters are other letters, and a crop must show a whole one."""
+
+SEARCHES = 6
+"""How many test pictures the report looks for neighbours of."""
 
 CONTESTANTS = {"pixels": "raw pixels", "untrained": "the same network, untrained", "pretrained": "pretrained"}
 
@@ -79,12 +74,12 @@ def tour(*, out: str | Path = "saccade-tour") -> dict[str, Any]:
         write_json(places.result, {"tour": RECIPE, "seconds": spent()})
 
     try:
-        run, scores, hits = _walk(places, say)
+        run, scores, searches = _walk(places, say)
     except BaseException:
         write_json(places.result, {"tour": RECIPE, "seconds": spent()})
         raise
     result = _result(run, scores, places, spent())
-    _report(places, result, scores, hits)
+    _report(places, result, scores, run, searches)
     write_json(places.result, {"tour": RECIPE, "done": True, "result": result})
     _show(console, result, places)
     return result
@@ -107,23 +102,29 @@ def _begin(place: Path, places: _Places) -> dict[str, Any]:
     return {}
 
 
-def _walk(places: _Places, say: Callable[[str], None]) -> tuple[Run, dict[str, Any], list[Hit]]:
-    """The four verbs, each of which goes on where it was stopped."""
+def _walk(places: _Places, say: Callable[[str], None]) -> tuple[Run, dict[str, Any], list[list[Hit]]]:
+    """The story, verb by verb, each of which goes on where it was stopped."""
     train, test = PICTURES / "train.tar", PICTURES / "test.tar"
+    pictures = open_source(train)
+    kinds = sorted({pictures.key(index).split("/")[-2] for index in range(len(pictures))})
     say(
-        f"1 of 4: learning from {len(open_source(train)):,} pictures, unlabelled, for {MINUTES:g} minutes or so: "
-        "most of each picture is hidden and has to be rebuilt from the rest."
+        f"1 of 5  Look: {len(pictures):,} scraps of printed pages in {len(kinds)} scripts "
+        f"({', '.join(kinds[:3])}, …), and {len(open_source(test)):,} more in other typefaces for the examination."
+    )
+    say(
+        f"2 of 5  Hide the labels and learn for {MINUTES:g} minutes: two crops of each picture, coloured differently; "
+        "which two belong together?"
     )
     run = pretrain(train, recipe=RECIPE, out=places.run, save_every="1m", minutes=MINUTES, **SETTINGS)
-    say("2 of 4: asking what the features know, beside raw pixels and the same network untrained.")
+    say(f"3 of 5  Ask for {LABELS} labels a script, and compare with raw pixels and the same network untrained.")
     if not places.scores.exists():
         evaluate(places.run, PICTURES, tasks=("knn", "few-label"), labels=(LABELS,), out=places.scores)
     scores = json.loads(places.scores.read_text(encoding="utf-8"))
-    say("3 of 4: turning the test pictures into vectors.")
+    say("4 of 5  Turn every picture of the examination into a vector.")
     index = embed(places.run, test, out=places.index, tokens=(scores["pooled"]["chosen"],))
-    query = index.keys[0]
-    say(f"4 of 4: looking for the nearest neighbours of {query}.")
-    return run, scores, index.search(key=query, k=6)
+    queries = index.keys[:: max(1, len(index) // SEARCHES)][:SEARCHES]
+    say(f"5 of 5  Search: the nearest neighbours of {len(queries)} of them, and the report.")
+    return run, scores, [index.search(key=query, k=6) for query in queries]
 
 
 def _result(run: Run, scores: dict[str, Any], places: _Places, seconds: float) -> dict[str, Any]:
@@ -173,25 +174,37 @@ def _where(places: _Places) -> report.Table:
     return report.Table("Where it is", ("what", "path"), rows)
 
 
-def _report(places: _Places, result: dict[str, Any], scores: dict[str, Any], hits: list[Hit]) -> None:
-    split = scores["split"]
-    data = report.Table(
-        "Data",
-        ("part", "pictures"),
-        [
-            ("learned from", f"{split['train']:,}"),
-            ("examined", f"{split['test']:,}"),
-            ("classes", str(split["classes"])),
-        ],
-    )
-    found = report.Table(
-        f"Nearest to {hits[0].key}", ("picture", "cosine"), [(hit.key, f"{hit.score:.3f}") for hit in hits[1:]]
-    )
-    lines = [
-        f"{result['seconds']:.0f} seconds, {result['peak_memory_gb']:.1f} GB of memory at most.",
-        "Labels served the examination alone. ± is the spread over draws; in the verdict, two standard errors.",
+def _story(result: dict[str, Any], scores: dict[str, Any], run: Run) -> list[str]:
+    """The tour in the words of its report, a paragraph for each step."""
+    split, minutes = scores["split"], run.summary["seconds"] / 60
+    arch = run.summary["arch"]
+    hidden = f"Hide the labels. A network ({arch}) learns by the recipe {RECIPE} for {minutes:.1f} minutes"
+    asked = f"Ask for {LABELS} labels a class. The network stays as it is; a linear classifier on its features learns"
+    gained = f"with {LABELS} labels a class, {result['verdict']['few_label']}"
+    return [
+        f"Look at the data: {split['train']:,} scraps of printed pages, in {split['classes']} scripts.",
+        f"{hidden}, and sees nothing but the pictures.",
+        f"{asked} from these few, and names {split['test']:,} pictures that neither has seen.",
+        "Compare. Raw pixels, and the same network before it had learned anything, get the same labels.",
+        "Search. Every test picture becomes a vector; the nearest vectors should be of pictures of one class.",
+        f"What was gained: {gained}; by k-NN with all labels, {result['verdict']['knn']}.",
     ]
-    report.write(places.report, "A tour of saccade", lines, [_figures(result), data, found, _where(places)])
+
+
+def _report(
+    places: _Places, result: dict[str, Any], scores: dict[str, Any], run: Run, searches: list[list[Hit]]
+) -> None:
+    """The page: the story, the comparison, pictures, searches, and all that the run's own report shows."""
+    report.write_tour(
+        places.report,
+        result=result,
+        scores=scores,
+        run=run,
+        searches=searches,
+        train=open_source(PICTURES / "train.tar"),
+        test=open_source(PICTURES / "test.tar"),
+        story=_story(result, scores, run),
+    )
 
 
 def _show(console: Console, result: dict[str, Any], places: _Places) -> None:

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from saccade import distributed, health, vit, weights
-from saccade.data import Batch, Delivery, Quarantine, Source, fingerprint, loader
+from saccade import distributed, report, weights
+from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
 from saccade.errors import SaccadeError
-from saccade.model import Model, build
+from saccade.model import Model
+from saccade.progress import Progress, waited
 from saccade.recipe import Recipe, Training, configure
-from saccade.run import Run, environment, memory_gb, stop_requests
+from saccade.run import Run, environment, holding, stop_requests
 from saccade.settings import PretrainArguments, checked
 from saccade.sources import open_source
+from saccade.watch import Watch
 
 ON_DEVICE = ("pixels", "text")
 """What of a decoded batch goes to the device; keys, sizes and counts stay: random rows are drawn on the CPU."""
@@ -47,7 +48,7 @@ def pretrain(
     page, config = configure(recipe, settings, also=PretrainArguments.model_fields)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    with distributed.ranks() as ranks:
+    with distributed.ranks() as ranks, holding():
         pretraining = Pretraining(page, config, arguments, parts, ranks)
         with stop_requests() as requests:
             pretraining.train(requests)
@@ -59,21 +60,25 @@ class Pretraining:
 
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks):
         self.page, self.config, self.arguments, self.ranks = page, config, arguments, ranks
-        self.console, self._said = Console(stderr=True, quiet=not ranks.first, highlight=False), -math.inf
+        self.progress = Progress(config.batch, speak=ranks.first)
         canvases = [stage.canvas() for _, stage in page.stages(config)]
         short = None if None in canvases else max(side for side in canvases if side is not None)
-        self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights)
+        with ranks.agreed():
+            self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights)
+            MicroBatches(0, 0, config.batch, config.accumulate, ranks.rank, ranks.world)  # can it be divided?
         sizes, shares = self.source.parts()
         self.order = Order(sizes, shares, config.seed)
         self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
         ranks.from_first(self._check_data)
-        self.stage, self.waited = -1, 0.0
+        self.watch = Watch(page, arguments, self.source, self.run, ranks)
+        self.stage = -1
+        self.delivered: Tensor | None = None
         self.model: Model
         self._load(self._measure_steps() if config.minutes else self._count_steps())
 
     def _asked(self) -> dict[str, Any]:
         arguments = self.arguments.model_dump(mode="json")
-        what = {name: arguments.pop(name) for name in ("data", "recipe", "weights", "init")}
+        what = {name: arguments.pop(name) for name in ("data", "recipe", "weights", "init", "eval", "group_by")}
         return {"verb": "pretrain", **what, "settings": self.config.model_dump(mode="json"), "machine": arguments}
 
     def _check_data(self) -> None:
@@ -92,7 +97,9 @@ class Pretraining:
         if self.config.steps is not None:
             return self.config.steps
         if self.config.epochs is None:
-            raise SaccadeError("how long?", path="--steps", hint="give --steps, --epochs or --minutes")
+            raise self.ranks.shared(
+                SaccadeError("how long?", path="--steps", hint="give --steps, --epochs or --minutes")
+            )
         return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
 
     def _measure_steps(self) -> int:
@@ -119,26 +126,28 @@ class Pretraining:
         self.steps = steps
         ends = [round(until * steps) for until, _ in self.page.stages(self.config)]
         self.stages = list(zip(ends, (config for _, config in self.page.stages(self.config)), strict=True))
-        found = self.ranks.from_first(lambda: self.run.newest(self.say)) if save else None
+        found = self.ranks.from_first(lambda: self.run.newest(self.progress.say)) if save else None
         self.step = found[1]["step"] if found else 0
         self._enter(next(n for n, end in enumerate(ends) if max(self.step, 1) <= end))
         if found:
             distributed.load_tensors(self.model.tensors(), found[0], self.ranks)
             if self.model.scaler.is_enabled():
                 self.model.scaler.load_state_dict(found[1]["scaler"])
-            self.say(f"going on at step {self.step} of {steps}")
+            self.progress.say(f"going on at step {self.step} of {steps}")
         if save:
             self.quarantine = Quarantine(
                 self.run.path / "quarantine.jsonl", self.arguments.max_unreadable, len(self.source)
             )
-            self.ranks.from_first(self._begin)
+            self._before = self.ranks.from_first(self._begin)
+            self.watch.begin(self.model, steps, self.progress.say)
 
-    def _begin(self) -> None:
+    def _begin(self) -> float:
+        """Puts the directory in order; the seconds of the sessions before."""
         self.run.tidy()
         self.run.rewind(self.step)
-        logged = self.run.metrics()
-        self._before = logged[-1]["seconds"] if logged else 0.0
         self.run.note(steps=self.steps, initial=self.model.initial)
+        logged = self.run.metrics()
+        return logged[-1]["seconds"] if logged else 0.0
 
     def _enter(self, stage: int) -> None:
         """Builds views, graph and wrappers of a stage; the weights come from the stage before, if there was one."""
@@ -149,6 +158,7 @@ class Pretraining:
         self.model = Model(self.page, self.stages[stage][1], self.arguments, self.ranks)
         if before is not None:
             self.model.adopt(before)
+            self.watch.enter(self.model.config)
 
     def _deliveries(self, first: int, last: int) -> Iterator[Delivery]:
         workers = self.arguments.workers
@@ -166,22 +176,25 @@ class Pretraining:
         while True:
             began = time.monotonic()
             delivery = next(deliveries, None)
-            self.waited += time.monotonic() - began
+            self.progress.waited += time.monotonic() - began
             if delivery is None:
                 return
             if note:
                 self.quarantine.note(delivery)
-            batch = {
-                name: value.to(self.ranks.device, non_blocking=True) if name in ON_DEVICE else value
-                for name, value in delivery.batch.items()
-            }
-            draws = Draws(config.seed, delivery.step, batch["key"], batch["seen"], batch["place"])
-            yield self.page.views(config, batch, draws)
+                self.delivered = delivery.batch.get("pixels") if self.watch.due(delivery.step + 1) else None
+            yield self._views(config, delivery.batch, delivery.step)
+
+    def _views(self, config: Training, batch: Batch, step: int) -> Batch:
+        batch = {
+            name: value.to(self.ranks.device, non_blocking=True) if name in ON_DEVICE else value
+            for name, value in batch.items()
+        }
+        return self.page.views(config, batch, Draws(config.seed, step, batch["key"], batch["seen"], batch["place"]))
 
     def train(self, requests: dict[str, bool]) -> None:
         """Steps to the end, stage by stage; saves now and then, at the end, and when asked to stop."""
-        self._began = self._saved = time.monotonic()
-        self._first, self.waited = self.step, 0.0
+        self.progress.begin(self.step, self._before)
+        self._saved = time.monotonic()
         for stage, (end, _) in enumerate(self.stages):
             if self.step >= end:
                 continue
@@ -190,15 +203,17 @@ class Pretraining:
             while self.step < end:
                 metrics = self.model.step(batches, self.step / self.steps)
                 self.step += 1
-                if self.step % self.arguments.log_every == 0 or self.step in (1, self.steps):
-                    self._log(metrics)
+                better = self._log(metrics)
                 stop, due = divmod(self.ranks.highest(2 * requests["stop"] + self._due()), 2)
-                if stop or due or self.step == self.steps:
-                    self._log(metrics, write=False)  # never save a model that is no longer finite
+                if stop or due or better or self.step == self.steps:
+                    self._values(metrics)  # never save a model that is no longer finite
                     self._save()
+                if better:
+                    self.ranks.from_first(self.watch.keep)
                 if stop and self.step < self.steps:
-                    raise SaccadeError(f"stopped on request at step {self.step} of {self.steps}, and saved",
-                                       hint="the same command goes on", code=75)  # fmt: skip
+                    raise self.ranks.shared(
+                        SaccadeError(f"stopped on request at step {self.step} of {self.steps}, and saved",
+                                     hint="the same command goes on", code=75))  # fmt: skip
 
     def _due(self) -> bool:
         every = self.arguments.save_every
@@ -209,85 +224,67 @@ class Pretraining:
     def _save(self) -> None:
         facts = {"scaler": self.model.scaler.state_dict(), "fingerprint": self.run.record["data"]["fingerprint"]}
         self.run.save(
-            self.step, facts, lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks), self.ranks
+            self.step,
+            facts,
+            lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
+            self.ranks,
+            best=self.watch.best["step"] if self.watch.best else None,
         )
         self._saved = time.monotonic()
 
-    def _log(self, metrics: dict[str, Tensor], write: bool = True) -> None:
-        """A line on the screen and in metrics.jsonl; raises `SaccadeError` when the loss is no number."""
+    def _values(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Means over ranks; raises `SaccadeError` when the loss is no number."""
         values = dict(zip(metrics, self.ranks.mean([float(value) for value in metrics.values()]), strict=True))
         if not math.isfinite(values["loss"]):
-            raise SaccadeError(
-                f"the loss is {values['loss']} at step {self.step}: the run diverged",
-                path=self.run.path,
-                hint="lower --lr or lengthen --warmup; the last checkpoint is from before",
-                code=1,
-            )
-        if not write or not self.ranks.first:
-            return
-        seconds = time.monotonic() - self._began
-        rate = self.config.batch * (self.step - self._first) / seconds
-        figures = {
-            "images_per_second": rate,
-            "data_wait": self.waited / seconds,
-            "memory_gb": memory_gb(),
-            "seconds": self._before + seconds,
-        }
-        entry = {"step": self.step, **values, **figures, "unreadable": len(self.quarantine)}
-        self.run.log(entry)
-        left = (self.steps - self.step) * seconds / (self.step - self._first)
-        if self.console.is_terminal or time.monotonic() - self._said > 10 or self.step == self.steps:
-            self._said = time.monotonic()
-            aside = f"  set aside {len(self.quarantine)}" if len(self.quarantine) else ""
-            self.say(
-                f"step {self.step}/{self.steps}  loss {values['loss']:.4f}  {rate:,.0f} images/s  "
-                f"waiting for data {100 * entry['data_wait']:.0f} %  memory {entry['memory_gb']:.1f} GB  "
-                f"left {int(left) // 60}:{int(left) % 60:02d}{aside}"
-            )
+            self.ranks.from_first(lambda: self.watch.diverged(self.step, values["loss"]))
+        return values
 
-    def say(self, line: str) -> None:
-        """To the screen, from the first rank."""
-        self.console.print(line, markup=False, soft_wrap=True)
+    def _log(self, metrics: dict[str, Tensor]) -> bool:
+        """The line of a step that has one, on the screen and in metrics.jsonl; whether its evaluation is the best."""
+        watched = self.watch.due(self.step)
+        if not (watched or self.step % self.arguments.log_every == 0 or self.step in (1, self.steps)):
+            return False
+        values = self._values(metrics)
+        seen = self.watch.see(self.model, self.step, self.delivered) if watched else {}
+        if self.ranks.first:
+            entry = {"step": self.step, **values, **self.progress.figures(self.step),
+                     "unreadable": len(self.quarantine), **seen}  # fmt: skip
+            self.run.log(entry)
+            self.progress.tell(entry, self.steps)
+            self.watch.judge(entry)
+        return self.watch.improves({"step": self.step, **seen})
 
     def finish(self) -> Run:
-        """Writes the backbone and what came out; every rank gets the finished run."""
+        """Writes the backbone, what came out, and the report; every rank gets the finished run."""
         tensors = distributed.whole(self.model.method.state_dict())
-        self.ranks.from_first(lambda: self._conclude(tensors))
+        encoder = self.watch.gather(self.model)
+        self.ranks.from_first(lambda: self._conclude(encoder, tensors))
         return self.run
 
-    def _conclude(self, tensors: dict[str, Tensor]) -> None:
-        if self.run.summary:
-            return
-        method, _ = build(self.page, self.stages[-1][1], None)
-        method.load_state_dict(tensors)
-        features, scores = None, []
-        network = method.encoder().eval()
-        if isinstance(network, vit.ViT):
-            record = {"recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
-                      "licence": self.run.record["initial"].get("licence"), "data": self.run.record["data"],
-                      "initial": self.run.record["initial"]}  # fmt: skip
-            weights.save_backbone(self.run.path / "backbone", network, record)
-            encoder = weights.Encoder(network, record).to(self.ranks.device)
-            features = health.look(encoder, self.source)
-            scores = self._evaluate(encoder)
+    def _conclude(self, encoder: weights.Encoder | None, tensors: dict[str, Tensor]) -> None:
+        scores = None
+        if not self.run.summary:
+            if encoder is not None:
+                encoder.record["steps"] = self.steps
+                weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
+                scores = self.watch.examine(encoder)
+            self.run.note(summary=self._summary(scores))
+        if not (self.run.path / report.REPORT).exists():
+            shown = report.shown_by(self.page, self.model.config, self.source, tensors)
+            report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
+
+    def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
         logged = self.run.metrics()
-        tail = [entry["loss"] for entry in logged[-max(1, len(logged) // 10) :]]
-        last = logged[-1]
-        self.run.note(summary={
+        tail, last = [entry["loss"] for entry in logged[-max(1, len(logged) // 10) :]], logged[-1]
+        evaluations = [{"step": entry["step"], **entry["eval"], "part": "held out of train"}
+                       for entry in logged if "eval" in entry]  # fmt: skip
+        if scores is not None:
+            evaluations.append({"step": self.steps, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
+        return {
             "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
-            "seconds": last["seconds"], "images_per_second": last["images_per_second"], "data_wait": last["data_wait"],
-            "loss": sum(tail) / len(tail), "eval": scores,
-            "health": health.judge([entry["loss"] for entry in logged], last["data_wait"], features),
-            "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "seconds": last["seconds"], "images_per_second": last["images_per_second"],
+            "data_wait": waited(logged), "loss": sum(tail) / len(tail), "eval": evaluations, "best": self.watch.best,
+            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.steps)),
             "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
             "memory_gb": last["memory_gb"],
-        })  # fmt: skip
-
-    def _evaluate(self, encoder: weights.Encoder) -> list[dict[str, float]]:
-        if self.arguments.eval is None:
-            return []
-        from saccade.evaluate import evaluate
-
-        found = evaluate(encoder, self.arguments.eval, tasks=("knn", "linear"), group_by=self.arguments.group_by,
-                         baselines=False)  # fmt: skip
-        return [{"step": self.steps, "knn": found["knn"], "linear": found["linear"]}]
+        }  # fmt: skip

@@ -7,6 +7,7 @@ attn.qkv holds rows [q; k; v]. Tokens stand in the order class token, registers,
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from saccade.draws import Stream
 from saccade.errors import SaccadeError, nearest
 from saccade.settings import Settings
 
@@ -39,6 +41,8 @@ QKVBias = Literal["all", "none", "k_masked"]
 Initial = Literal["trunc_normal", "xavier"]
 Rows = slice | Tensor | None
 """Which tokens of a sequence are computed: all (None), a run of them, or [B K] of them by index."""
+Rope = tuple[Tensor, Tensor] | None
+"""Sines and cosines by which queries and keys are turned: [1 or B, N, E]."""
 
 
 class Features(NamedTuple):
@@ -86,6 +90,7 @@ class ViTConfig(Settings):
         description="sincos: first half of the width says the column (MAE); sincos_y_first: the row (MoCo v3)",
     )
     cls_position: bool = Field(True, description="the learned table has a row for the class token")
+    position_offset: float = Field(0.0, ge=0, lt=1, description="added to the sides that a learned table is resized to")
     pooling: Literal["cls", "mean", "map"] = Field(
         "cls", description="the one vector: class token, mean patch, attention"
     )
@@ -125,7 +130,7 @@ def grid_of(size: tuple[int, ...], patch: int, patch_time: int | None = None) ->
             fitting = " or ".join(str(n) for n in (side // step * step, side // step * step + step) if n)
             what = "length" if step is not patch else "size"
             raise SaccadeError(
-                f"{what} {side} is not divisible by patch {step}", path="image_size", hint=f"use {fitting}"
+                f"{what} {side} is not divisible by patch {step}", path="--image-size", hint=f"use {fitting}"
             )
     return tuple(side // step for side, step in zip(size, steps, strict=True))
 
@@ -196,6 +201,14 @@ def take(x: Shaped[Tensor, "b n ..."], rows: Rows) -> Shaped[Tensor, "b k ..."]:
     batch, length = x.shape[:2]
     flat = rows + torch.arange(batch, device=rows.device)[:, None] * length
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, rows.shape)
+
+
+def stochastic_depth(rows: Int[Tensor, " b"], rates: list[float]) -> Float[Tensor, "b branches"] | None:
+    """Factors of residual branches: 0 with a branch's rate, else 1 / (1 - rate). `rows` are random, one a sample."""
+    if not any(rates):
+        return None
+    rate = torch.tensor(rates, dtype=torch.float64, device=rows.device)
+    return (Stream(rows, 0).uniform(len(rates)) >= rate) / (1 - rate)
 
 
 def initialise(module: nn.Module, kind: Initial) -> None:
@@ -355,9 +368,8 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], rope: tuple[Tensor, Tensor] | None = None, rows: Rows = None
-    ) -> Tensor:
+    def _project(self, x: Float[Tensor, "b n d"], rope: Rope, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the chosen tokens, keys and values of all: [B heads N D/heads]."""
         width, bias = x.shape[-1], self._bias()
         if rows is None:
             query, key, value = linear(x, self.qkv.weight, bias).split(width, -1)
@@ -369,8 +381,16 @@ class Attention(nn.Module):
         if rope is not None:
             turned = rope if rows is None else tuple(take(part.expand(len(x), -1, -1), rows) for part in rope)
             query, key = rotate(query, turned), rotate(key, rope)
-        x = F.scaled_dot_product_attention(query, key, value)
+        return query, key, value
+
+    def forward(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Tensor:
+        x = F.scaled_dot_product_attention(*self._project(x, rope, rows))
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Float[Tensor, "b h k n"]:
+        """How much each (chosen) token attends to each, which `forward` never writes down."""
+        query, key, _ = self._project(x, rope, rows)
+        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
 
 
 class Block(nn.Module):
@@ -396,11 +416,15 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else Scale(width, layer_scale)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], rope: tuple[Tensor, Tensor] | None = None, rows: Rows = None
+        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, drop: Float[Tensor, "b 2"] | None = None
     ) -> Tensor:
-        """With `rows`, only those tokens come out: [B K D]."""
-        x = take(x, rows) + self.ls1(self.attn(self.norm1(x), rope, rows))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        """With `rows`, only those tokens come out: [B K D]. `drop` are factors of the two branches."""
+        x = self._add(take(x, rows), self.ls1(self.attn(self.norm1(x), rope, rows)), drop, 0)
+        return self._add(x, self.ls2(self.mlp(self.norm2(x))), drop, 1)
+
+    @staticmethod
+    def _add(x: Tensor, branch: Tensor, drop: Tensor | None, number: int) -> Tensor:
+        return x + branch if drop is None else torch.addcmul(x, branch, drop[:, number, None, None].to(branch.dtype))
 
 
 class AttentionPool(nn.Module):
@@ -467,6 +491,20 @@ class ViT(nn.Module):
         return int(self.config.cls and self.config.cls_position)
 
     @property
+    def stride(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.config.patch
+
+    @property
+    def branches(self) -> int:
+        """How many residual branches stochastic depth may drop: attention, then MLP, of each block."""
+        return 2 * self.config.depth
+
+    def drop_rates(self, rate: float) -> list[float]:
+        """How often each branch is dropped: from 0 in the first block to `rate` in the last, in equal steps."""
+        return [rate * block / max(1, self.config.depth - 1) for block in range(self.config.depth) for _ in range(2)]
+
+    @property
     def prefix(self) -> int:
         """How many tokens stand before the patches."""
         return int(self.config.cls) + self.config.registers
@@ -506,6 +544,12 @@ class ViT(nn.Module):
         shape = (-1,) + (1,) * (images.ndim - 2)
         return (images.to(self.mean.dtype) - (self.mean * scale).view(shape)) / (self.std * scale).view(shape)
 
+    def picture(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b c h w"]:
+        """Pictures in [0, 1] from normalised patches of the native size, values in the order row, column, channel."""
+        config = self.config
+        patches = patches.unflatten(2, (config.patch, config.patch, config.channels)) * self.std + self.mean
+        return patches.unflatten(1, config.grid).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).clamp(0, 1)
+
     def position_table(self, grid: tuple[int, ...]) -> Tensor | None:
         """Additive positions [1 N D] of a grid, resized from the learned table where it is another."""
         if self.config.position in ("rope", "none"):
@@ -519,7 +563,9 @@ class ViT(nn.Module):
         if native:
             return table
         table = table.unflatten(1, self.config.grid).movedim(-1, 1)
-        table = F.interpolate(table, size=grid, mode="bicubic" if len(grid) == 2 else "trilinear", align_corners=False)
+        offset, sides = self.config.position_offset, zip(grid, self.config.grid, strict=True)
+        to = {"scale_factor": [(n + offset) / native for n, native in sides]} if offset else {"size": grid}
+        table = F.interpolate(table, mode="bicubic" if len(grid) == 2 else "trilinear", align_corners=False, **to)
         return table.flatten(2).transpose(1, 2)
 
     def _embed(
@@ -554,7 +600,7 @@ class ViT(nn.Module):
 
     def _enter(
         self, images: Tensor, keep: Tensor | None, hide: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor, tuple[int, ...]]:
+    ) -> tuple[Tensor, Rope, Tensor, tuple[int, ...]]:
         """Tokens before the first block, their rotations, the patches' positions [B K axes], and the grid."""
         config = self.config
         images = images if config.patch_time is None else images.transpose(1, 2)  # [B C T H W], as convolutions have it
@@ -588,21 +634,24 @@ class ViT(nn.Module):
         hide: Bool[Tensor, "b n"] | None = None,
         *,
         tokens: Literal["all", "cls", "patches"] | Int[Tensor, "b q"] = "all",
+        drop: Float[Tensor, "b branches"] | None = None,
     ) -> Features:
         """Features of pictures [B C H W], or clips [B T C H W], of any size that the patch divides.
 
         keep: patches that are seen, by index into the grid; the others cost nothing.
         hide: patches that become the mask token.
         tokens: what the last block computes: everything, one kind, or the class token and these patches by index.
+        drop: factors of each sample's residual branches, two a block (`stochastic_depth`).
         """
         x, rope, positions, grid = self._enter(images, keep, hide)
-        *body, last = self.blocks
-        for block in body:
-            x = block(x, rope)
+        drops = [None] * len(self.blocks) if drop is None else drop.split(2, 1)
+        for block, dropped in zip(self.blocks[:-1], drops, strict=False):
+            x = block(x, rope, drop=dropped)
+        last = functools.partial(self.blocks[-1], x, rope, drop=drops[-1])
         if isinstance(tokens, str) and tokens == "all":
-            return self._leave(last(x, rope), positions, grid)
+            return self._leave(last(), positions, grid)
         if isinstance(tokens, str) and tokens == "patches":
-            patches = self.norm(last(x, rope, slice(self.prefix, None)))
+            patches = self.norm(last(slice(self.prefix, None)))
             return Features(None, patches[:, :0], patches, positions, grid)
         if self.cls_token is None:
             raise ValueError('this ViT has no class token: ask for tokens="patches" or "all"')
@@ -611,7 +660,7 @@ class ViT(nn.Module):
         else:
             rows = torch.cat([tokens.new_zeros(len(tokens), 1), tokens + self.prefix], 1)
             positions = take(positions, tokens)
-        x = self.norm(last(x, rope, rows))
+        x = self.norm(last(rows))
         cls, patches = x.split([1, positions.shape[1]], 1)
         return Features(cls[:, 0], patches[:, :0], patches, positions, grid)
 
@@ -627,6 +676,20 @@ class ViT(nn.Module):
             if number in wanted:
                 found[number] = self._leave(x, positions, grid)
         return [found[number] for number in wanted]
+
+    def attention(self, images: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b heads n"]:
+        """How the class token attends to each patch in the last block; what is missing to 1 went to other tokens."""
+        if self.cls_token is None:
+            raise ValueError("this ViT has no class token whose attention could be asked for")
+        x, rope, *_ = self._enter(images, None, None)
+        *body, last = self.blocks
+        for block in body:
+            x = block(x, rope)
+        return last.attn.weights(last.norm1(x), rope, slice(0, 1))[:, :, 0, self.prefix :]
+
+    def pooled(self, images: Shaped[Tensor, "b ..."], *, drop: Tensor | None = None) -> Float[Tensor, "b d"]:
+        """The embedding of pictures, and nothing that it does not need."""
+        return self.embedding(self(images, tokens="cls" if self.config.pooling == "cls" else "patches", drop=drop))
 
     def embedding(self, features: Features) -> Float[Tensor, "b d"]:
         """The one vector that this family pools."""

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.decode import decode, pixels_of
 from saccade.errors import SaccadeError, nearest
 from saccade.sources.files import read
-from saccade.vit import Features, ViT, ViTConfig, grid_of
+from saccade.vit import Features, ViT
 
 FORMAT = "saccade-backbone-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -98,46 +99,47 @@ class Encoder(nn.Module):
     """Pictures to `Features`: `Float[B C H W]` in [0, 1] or `UInt8[B C H W]`; normalisation happens inside.
 
     `preprocess` turns any one picture into what goes in; `record` says where the weights come from: family, size, mean,
-    std, hash, licence, and which tensors matched, were missing or unexpected.
+    std, hash, licence, and which tensors matched, were missing or unexpected; `grid` how many patches there are along
+    each axis of what `preprocess` makes.
     """
 
-    def __init__(self, vit: ViT, record: dict[str, Any], image_size: int | None = None):
+    def __init__(self, backbone: Backbone, record: dict[str, Any], image_size: int | None = None):
         super().__init__()
-        self.vit, self.record = vit, record
-        size = vit.config.image_size if image_size is None else image_size
-        grid_of((size, size), vit.config.patch)
-        self.preprocess = Preprocess.at(size, vit.config.channels)
+        self.backbone, self.record = backbone, record
+        size = backbone.config.image_size if image_size is None else image_size
+        self.grid: tuple[int, ...] = backbone.config.model_copy(update={"image_size": size}).grid
+        self.preprocess = Preprocess.at(size, backbone.config.channels)
 
     @property
     def device(self) -> torch.device:
         """Where it lives."""
-        return next(self.vit.parameters()).device
+        return next(self.parameters()).device
 
     def forward(self, images: Shaped[Tensor, "b c h w"]) -> Features:
-        return self.vit(images)
+        return self.backbone(images)
 
     def embedding(self, features: Features) -> Float[Tensor, "b d"]:
         """The one vector that this family pools."""
-        return self.vit.embedding(features)
+        return self.backbone.embedding(features)
 
 
 def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
     """The same network with fresh weights, which depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = ViT(encoder.vit.config)
-    return Encoder(vit, {"family": "untrained", "seed": seed}, encoder.preprocess.crop).eval()
+        fresh = FAMILIES[family_of(encoder.backbone)].network(encoder.backbone.config)
+    return Encoder(fresh, {"family": "untrained", "seed": seed}, encoder.preprocess.crop).eval()
 
 
-def save_backbone(directory: str | Path, vit: ViT, record: dict[str, Any]) -> None:
+def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, Any]) -> None:
     """Writes model.safetensors and config.json, what `load` reads. `record`: recipe, arch, data, licence, …"""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     new = directory / f"{WEIGHTS}.new"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in vit.state_dict().items()}, new)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}, new)
     config = {
         "format": FORMAT,
-        "vit": vit.config.model_dump(mode="json"),
+        family_of(backbone): backbone.config.model_dump(mode="json"),
         "weights": {"blake3": _hash(new), "bytes": new.stat().st_size},
         "record": record,
     }
@@ -155,52 +157,63 @@ def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
     folder, path = _find(backbone)
     _refuse_pickle(path)
     config = _config(folder / CONFIG)
-    try:
-        switches = ViTConfig(**config["vit"])
-    except (ValidationError, TypeError) as error:
-        raise SaccadeError(
-            f"{folder / CONFIG} describes no ViT of ours: {str(error).splitlines()[0]}", path=folder / CONFIG
-        ) from None
-    with torch.device("meta"):
-        vit = ViT(switches)
-    vit = vit.to_empty(device="cpu")
-    vit.reset_buffers()
+    network = _empty(config, folder / CONFIG)
     tensors, digest = _read(path, config["weights"])
-    _into(vit, tensors, path)
+    _into(network, tensors, path)
     record = {
         "family": "saccade",
         **config.get("record", {}),
-        "size": switches.image_size,
-        "mean": list(switches.mean),
-        "std": list(switches.std),
+        "size": network.config.image_size,
+        "mean": list(network.config.mean),
+        "std": list(network.config.std),
         "hash": digest,
         "matched": len(tensors),
         "missing": [],
         "unexpected": [],
         "path": str(Path(backbone).absolute()),
     }
-    return Encoder(vit, {"licence": None, **record}, image_size).eval()
+    return Encoder(network, {"licence": None, **record}, image_size).eval()
 
 
-def load_state(vit: ViT, backbone: str | Path) -> dict[str, Any]:
-    """Puts a backbone's weights into a ViT of the same shapes and returns the backbone's record (hash, licence, …).
+def _empty(config: dict[str, Any], path: Path) -> Backbone:
+    """The network that a config.json describes, its weights not yet there."""
+    family = next((name for name in FAMILIES if name in config), None)
+    if family is None:
+        raise SaccadeError(f"{path} describes no backbone of ours", path=path, hint=f"ours are: {', '.join(FAMILIES)}")
+    try:
+        settings = FAMILIES[family].config(**config[family])
+    except (ValidationError, TypeError) as error:
+        raise SaccadeError(f"{path} describes no backbone of ours: {str(error).splitlines()[0]}", path=path) from None
+    with torch.device("meta"):
+        network = FAMILIES[family].network(settings)
+    network.to_empty(device="cpu").reset_buffers()
+    return network
 
-    A learned position table of another size is resized. Raises `SaccadeError` as `load` does.
+
+def load_state(network: Backbone, backbone: str | Path) -> dict[str, Any]:
+    """Puts a backbone's weights into one of the same shapes and returns the backbone's record (hash, licence, …).
+
+    A ViT's learned position table of another size is resized. Raises `SaccadeError` as `load` does.
     """
     encoder = load(backbone)
-    tensors = encoder.vit.state_dict()
-    theirs = encoder.vit.config
-    if vit.config.position == theirs.position == "learned" and vit.config.grid != theirs.grid:
-        patches = encoder.vit.position_table(vit.config.grid)
+    theirs, tensors = encoder.backbone, encoder.backbone.state_dict()
+    if isinstance(network, ViT) and isinstance(theirs, ViT):
+        _fit(network, theirs, tensors)
+    _into(network, tensors, Path(backbone))
+    return encoder.record
+
+
+def _fit(vit: ViT, theirs: ViT, tensors: dict[str, Tensor]) -> None:
+    """The position table resized, and the mask token there or not, as the new ViT has them."""
+    if vit.config.position == theirs.config.position == "learned" and vit.config.grid != theirs.config.grid:
+        patches = theirs.position_table(vit.config.grid)
         assert patches is not None
-        prefix = tensors["pos_embed"][:, : -math.prod(theirs.grid)]
+        prefix = tensors["pos_embed"][:, : -math.prod(theirs.config.grid)]
         tensors["pos_embed"] = torch.cat([prefix, patches.detach()], dim=1)
-    if vit.mask_token is not None and encoder.vit.mask_token is None:  # it has nothing to do with what was learned
+    if vit.mask_token is not None and theirs.mask_token is None:  # it has nothing to do with what was learned
         tensors["mask_token"] = vit.mask_token.detach()
     if vit.mask_token is None:
         tensors.pop("mask_token", None)
-    _into(vit, tensors, Path(backbone))
-    return encoder.record
 
 
 def _find(backbone: str | Path) -> tuple[Path, Path]:
@@ -286,9 +299,9 @@ def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]
         raise SaccadeError(f"{path} is no readable safetensors file: {error}", path=path, hint=hint) from None
 
 
-def _into(vit: ViT, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies tensors into a ViT. Raises `SaccadeError` when names or shapes differ."""
-    own = vit.state_dict()
+def _into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies tensors into a backbone. Raises `SaccadeError` when names or shapes differ."""
+    own = network.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     reshaped = [
         f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
@@ -306,7 +319,7 @@ def _into(vit: ViT, tensors: dict[str, Tensor], path: Path) -> None:
             path=path,
             hint="give the --arch and --image-size that it was trained with",
         )
-    vit.load_state_dict(tensors)
+    network.load_state_dict(tensors)
 
 
 def _hash(path: Path) -> str:

@@ -12,16 +12,38 @@ RECIPES = str(Path(__file__).parent / "recipes")
 
 SOURCES: dict[str, type[Toy]] = {"bands": Bands, "clips": Clips, "texts": Texts}
 
-_SMALL: dict[str, dict[str, Any]] = {"mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3}}
+_SMALL: dict[str, dict[str, Any]] = {
+    "dino": {
+        **{"local_crops": 2, "local_size": 16, "prototypes": 256, "hidden": 48, "colour": 0.5},
+        **{"head_norm": True, "first_temperature": 0.02, "teacher_temperature": 0.02},
+    },
+    "mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3},
+    # with easy views: batches of 8 to 32 leave little to tell a picture by; lr as on a convnet, below
+    "simclr": {
+        "lr": 0.001,
+        "hidden": 48,
+        "projection": 64,
+        "temperature": 0.2,
+        "min_scale": 0.5,
+        "colour": 0.2,
+        "grey": 0,
+        "blur": 0,
+    },
+}
 """Settings that make a shipped recipe quick; one that needs none needs no entry."""
 
 
-def source(recipe: str) -> Toy:
+CONVNET = "resnet-10-half/8"
+
+
+def source(case: str) -> Toy:
     """Sixteen samples that the recipe can read: pictures, unless it is one of the toys."""
-    return SOURCES.get(recipe, Pictures)(16)
+    return SOURCES.get(case, Pictures)(16)
 
 
-def small(recipe: str) -> dict[str, Any]:
-    """Settings with which the recipe runs in a moment."""
-    shape = {} if recipe in SOURCES else {"arch": "vit-ti/8", "image_size": 32}
-    return {**shape, "batch": 8, "steps": 6, "lr": 0.01, **_SMALL.get(recipe, {})}
+def small(case: str) -> dict[str, Any]:
+    """Settings with which the recipe runs in a moment; a case is a recipe, or RECIPE-on-a-convnet."""
+    recipe, convnet, _ = case.partition("-on-a-convnet")
+    shape = {} if recipe in SOURCES else {"arch": CONVNET if convnet else "vit-ti/8", "image_size": 32}
+    lr = 0.001 if convnet else 0.01  # batch norm over eight samples magnifies rounding, the more the longer the steps
+    return {**shape, "batch": 8, "steps": 6, "lr": lr, **_SMALL.get(recipe, {})}

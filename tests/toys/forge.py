@@ -84,7 +84,8 @@ def _become(rank: int, port: int, said: Path, request: dict[str, Any]) -> None:
         settings = {"workers": 0, "log_every": 1, "save_every": "3", **request["settings"]}
         pretrain(request["data"], recipe="growing", out=request["out"], **settings)
     except SaccadeError as mistake:
-        print(f"saccade: {mistake}", file=sys.stderr)
+        if not mistake.said_elsewhere:
+            print(f"saccade: {mistake}", file=sys.stderr)
         code = mistake.code
     except BaseException:
         traceback.print_exc()

@@ -91,8 +91,8 @@ def _poolings(network: Encoder, features: Features) -> dict[str, Float[Tensor, "
     """Class token, patch mean, and the family's own vector where it is neither."""
     kinds = {"cls": pooled(features, "cls")} if features.cls is not None else {}
     kinds["mean"] = pooled(features, "mean")
-    if network.vit.config.pooling not in kinds:
-        kinds[network.vit.config.pooling] = network.embedding(features)
+    if network.backbone.config.pooling not in kinds:
+        kinds[network.backbone.config.pooling] = network.embedding(features)
     return kinds
 
 

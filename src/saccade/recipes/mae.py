@@ -40,16 +40,8 @@ class Config(recipe.Training):
 
 def small_pictures() -> Config:
     """Pictures of 32 to 64 pixels: patches of 4, a narrow decoder."""
-    return Config(
-        arch="vit-ti/4",
-        image_size=32,
-        batch=256,
-        lr=1e-3,
-        decoder_width=192,
-        decoder_depth=4,
-        decoder_heads=6,
-        min_scale=0.4,
-    )
+    decoder = {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 6}
+    return Config(arch="vit-ti/4", image_size=32, batch=256, lr=1e-3, min_scale=0.4, **decoder)
 
 
 def small_machine() -> Config:
@@ -116,9 +108,8 @@ class Method(recipe.Method):
 
     def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean squared error over the hidden patches of `images` [B C S S], whose `order` [B N] says which are kept."""
-        keep, hidden = batch["order"].split([self.kept, batch["order"].shape[1] - self.kept], 1)
-        loss = F.mse_loss(self.predict(batch["images"], keep, hidden), self.target(batch["images"], hidden))
-        return loss, {}
+        keep, hidden = batch["order"].tensor_split([self.kept], 1)
+        return F.mse_loss(self.predict(batch["images"], keep, hidden), self.target(batch["images"], hidden)), {}
 
     def predict(self, images: Tensor, keep: Tensor, hidden: Tensor) -> Float[Tensor, "b k p"]:
         """The content of the hidden patches, pixels in the order row, column, channel."""
@@ -134,11 +125,26 @@ class Method(recipe.Method):
         x = last(x, rows=slice(seen.shape[1], None))  # nobody reads what it would say about the rest
         return self.decoder_pred(self.decoder_norm(x))
 
+    def patches(self, images: Tensor, chosen: Tensor) -> Float[Tensor, "b k p"]:
+        """The pixels of these patches."""
+        patches = vit.patchify(self.backbone.normalise(images), self.backbone.config.patch)  # [B h w C p p]
+        return vit.take(patches.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2), chosen)
+
     def target(self, images: Tensor, hidden: Tensor) -> Float[Tensor, "b k p"]:
         """The pixels of the hidden patches, each patch by its own mean and (unbiased) variance if so configured."""
-        patches = vit.patchify(self.backbone.normalise(images), self.backbone.config.patch)  # [B h w C p p]
-        patches = vit.take(patches.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2), hidden)
+        patches = self.patches(images, hidden)
         if not self.config.normalise_target:
             return patches
         variance, mean = torch.var_mean(patches, -1, keepdim=True)
         return (patches - mean) * (variance + 1e-6).rsqrt()
+
+    def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:
+        """What was seen, the same with the rest rebuilt, and the truth."""
+        keep, hidden = batch["order"].tensor_split([self.kept], 1)
+        truth, rebuilt, note = self.patches(batch["images"], hidden), self.predict(batch["images"], keep, hidden), ""
+        if self.config.normalise_target:  # a prediction without brightness and contrast: it is lent the true ones
+            variance, mean = torch.var_mean(truth, -1, keepdim=True)
+            rebuilt, note = rebuilt * (variance + 1e-6).sqrt() + mean, " (each patch with its true mean and spread)"
+        seen, back = self.patches(batch["images"], keep), batch["order"].argsort(1)
+        parts = {"seen": truth * 0, f"rebuilt{note}": rebuilt, "original": truth}
+        return {name: self.backbone.picture(vit.take(torch.cat([seen, part], 1), back)) for name, part in parts.items()}

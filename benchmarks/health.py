@@ -1,0 +1,179 @@
+"""Faults that are injected, against the verdicts that name them; and healthy runs, which must be called healthy.
+
+    python benchmarks/health.py [--faults] [--healthy] [--only WORDS] [--out FILE.json]
+
+Tiny networks on the pictures that come with the package, at 32 pixels. A fault must be named within 200 steps after
+the warm-up; of 50 healthy runs at most one may be called ill at any moment. Some twenty minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saccade import convnet, vit
+from saccade.data import Sample, Source
+from saccade.errors import SaccadeError
+from saccade.recipes import dino
+from saccade.run import Run
+from saccade.sources import open_source
+from saccade.tour import PICTURES
+from saccade.train import pretrain
+
+vit.SIZES["nano"] = {"width": 64, "depth": 3, "heads": 2, "hidden": 128}
+convnet.RESNETS["nano"] = {"kind": "basic", "blocks": (1, 1, 1), "widths": (16, 32, 64)}
+
+STEPS, WARMUP, LIMIT = 240, 24, 200
+SHARED: dict[str, Any] = {
+    "image_size": 32, "batch": 32, "steps": STEPS, "warmup": WARMUP / STEPS, "workers": 0, "save_every": "1000",
+}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "mae": {"arch": "vit-nano/8", "lr": 8e-3, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "dino": {"arch": "resnet-nano/8", "lr": 1e-3, "local_crops": 0, "prototypes": 256, "hidden": 128, "blur": 1.0,
+             "momentum": 0.98, "first_temperature": 0.02, "teacher_temperature": 0.02},
+    "simclr": {"arch": "resnet-nano/8", "lr": 8e-3, "hidden": 128, "projection": 32, "temperature": 0.2, "blur": 0.0},
+}  # fmt: skip
+
+
+class Memory(Source):
+    """Pictures that were decoded once."""
+
+    def __init__(self, pictures: list[torch.Tensor]):
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"{index}", self._pictures[index])
+
+
+class Duplicates(Memory):
+    """One picture under many names."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"{index}", self._pictures[0])
+
+
+class Black(Memory):
+    """Every picture is black."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"{index}", torch.zeros_like(self._pictures[index]))
+
+
+class Slow(Memory):
+    """A disk that is never there in time."""
+
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(0.02)
+        return super().__getitem__(index)
+
+
+@contextlib.contextmanager
+def uncentred() -> Iterator[None]:
+    """DINO's centre stays at zero."""
+    before = dino.Method.after_step
+
+    def after_step(self: Any, t: torch.Tensor) -> None:
+        before(self, t)
+        self.centre.zero_()
+
+    dino.Method.after_step = after_step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        dino.Method.after_step = before  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, the verdict that names what is wrong with it, and words that its advice must hold."""
+
+    name: str
+    recipe: str
+    verdict: str
+    words: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: type[Memory] = Memory
+    broken: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+
+HOT, PAPER = ({f"{name}_temperature": t for name in ("first", "teacher")} for t in (1.0, 0.04))
+FAULTS = [
+    Case("teacher temperature too high", "dino", "uniform_teacher", "teacher_temperature", HOT),
+    *(Case("rate too high", recipe, "diverged", "--lr", {"lr": 8.0}) for recipe in SMALL),
+    Case("no centring", "dino", "constant_features", "centring", broken=uncentred),
+    *(Case("duplicates", recipe, "constant_features", "the same", {"steps": 60}, Duplicates) for recipe in SMALL),
+    Case("head far too wide", "dino", "uniform_teacher", "too wide", {"prototypes": 16384, **PAPER}),
+    *(Case("black pictures", recipe, "constant_features", "the same", {"steps": 60}, Black) for recipe in SMALL),
+    Case("slow disk", "mae", "starved", "--workers", source=Slow),
+]  # fmt: skip
+
+
+def healthy() -> list[Case]:
+    """Fifty runs of three recipes that differ in seed, rate, batch and network."""
+    cases = []
+    for number in range(50):
+        recipe, turn = list(SMALL)[number % 3], number // 3
+        settings = {"seed": number, "lr": SMALL[recipe]["lr"] * (0.25, 0.5, 1.0)[turn % 3]}
+        settings |= {"batch": (24, 32, 48)[turn // 3 % 3]}
+        if turn % 2 and recipe != "mae":
+            settings |= {"arch": "vit-nano/8"}
+        cases.append(Case(f"healthy {number}", recipe, "healthy", "", settings))
+    return cases
+
+
+def run(case: Case, pictures: list[torch.Tensor], out: Path) -> dict[str, Any]:
+    """What the run's monitor said: its verdicts by step, and the last one."""
+    settings, began = {**SHARED, **SMALL[case.recipe], **case.settings}, time.monotonic()
+    with case.broken(), contextlib.suppress(SaccadeError):  # a run that diverges ends so
+        pretrain(case.source(pictures), recipe=case.recipe, out=out, **settings)
+    record = Run(out).record
+    found = record["summary"]["health"] if "summary" in record else record["health"]
+    named = [entry["step"] for entry in found["history"]
+             if entry["verdict"] == case.verdict and case.words in (entry["advice"] or "")]  # fmt: skip
+    right = not found["history"] if case.verdict == "healthy" else bool(named) and named[0] <= WARMUP + LIMIT
+    return {"name": case.name, "recipe": case.recipe, "right": right, "step": named[0] if named else None,
+            "seconds": round(time.monotonic() - began, 1), **found}  # fmt: skip
+
+
+def main() -> None:
+    """Runs the cases and prints a line of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", action="store_true", help="only the faults")
+    parser.add_argument("--healthy", action="store_true", help="only the healthy runs")
+    parser.add_argument("--only", default="", help="only cases whose name and recipe hold these words")
+    parser.add_argument("--out", type=Path, help="JSON file; the runs are kept beside it")
+    said = parser.parse_args()
+    source = open_source(PICTURES / "train.tar", short_side=64, channels=3)
+    pictures = [source[index].pixels for index in range(0, len(source), 2)]
+    cases = (FAULTS if not said.healthy else []) + (healthy() if not said.faults else [])
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(cases):
+            if said.only not in f"{case.name} {case.recipe}":
+                continue
+            place = said.out.with_suffix("") / str(number) if said.out else Path(folder) / str(number)
+            found = run(case, [picture for picture in pictures if picture is not None], place)
+            results.append(found)
+            verdicts = ", ".join(f"{entry['step']} {entry['verdict']}" for entry in found["history"]) or "healthy"
+            mark = "right" if found["right"] else "WRONG"
+            print(f"{mark}  {case.name:30} {case.recipe:8} {found['seconds']:6} s  {verdicts}", flush=True)
+            if said.out:
+                said.out.write_text(json.dumps(results, indent=1) + "\n")
+    wrong = sum(not found["right"] for found in results)
+    print(f"{len(results) - wrong} of {len(results)} right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Batch norm whose statistics are those of the whole batch, on however many ranks it lies, CPU or GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.Module):
+    """Each channel of [N C] or [N C H W] to mean 0 and spread 1 over the batch (arXiv 1502.03167), then scaled.
+
+    Over several ranks the batch is that of all of them, and every rank must have an equal share of it, as ours have;
+    gradients pass between ranks, so that their mean over ranks is that of one process. Names in `state_dict` are
+    torch's. Statistics are as precise as the buffers, float32 also where the input is not; memory format is kept.
+    """
+
+    def __init__(self, width: int, *, affine: bool = True, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.width, self.eps, self.momentum = width, eps, momentum
+        self.weight = nn.Parameter(torch.empty(width)) if affine else None
+        self.bias = nn.Parameter(torch.empty(width)) if affine else None
+        self.register_buffer("running_mean", torch.empty(width))
+        self.register_buffer("running_var", torch.empty(width))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As if no batch had been seen: also what a module made on the meta device needs."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        return f"{self.width}, affine={self.weight is not None}, eps={self.eps}, momentum={self.momentum}"
+
+    def forward(self, x: Float[Tensor, "n {self.width} *size"]) -> Float[Tensor, "n {self.width} *size"]:
+        """By the statistics of the batch in training, which the running ones then follow; by those in evaluation."""
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            )
+        mean, variance = _gathered_statistics(x.detach(), self.running_mean.dtype)
+        count = x.numel() // self.width * dist.get_world_size()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return _Normalise.apply(x, mean, variance, self.weight, self.bias, self.eps)
+
+
+def _gathered_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel over all ranks; the same bits on each of them."""
+    # it would also update running statistics; given some, it computes in their precision
+    unused = x.new_empty(2, x.shape[1], dtype=dtype).zero_()
+    own = torch.stack(torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0))  # [2 C]
+    parts = own.new_empty(dist.get_world_size(), *own.shape)
+    dist.all_gather(list(parts), own)
+    means, variances = parts.unbind(1)
+    spread, mean = torch.var_mean(means, 0, correction=0)
+    return mean, variances.mean(0) + spread
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalised by given statistics, which the gradient takes for those of all ranks' x together.
+
+    Both ways torch's own kernels for constant statistics do the work: what the statistics add to the gradient of x,
+    -weight / spread * (mean(dy) + y * mean(dy * y)) with y the normalised x, is itself a batch norm of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, variance, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, variance, weight = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, scale, mean, variance, None, None, False, ctx.eps, [ctx.needs_input_grad[0], True, True]
+        )
+        if dx is not None:
+            sums = torch.stack([dweight, dbias])
+            dist.all_reduce(sums)
+            factor = -scale * (variance + ctx.eps).rsqrt() / (x.numel() // len(mean) * dist.get_world_size())
+            dx += F.batch_norm(x, mean, variance, factor * sums[0], factor * sums[1], False, 0.0, ctx.eps)
+        if weight is None:
+            dweight = dbias = None
+        return dx, None, None, dweight, dbias, None
