@@ -81,7 +81,7 @@ FAULTS = {
     "rate": (collapsed(8.0), CHANCE, "diverged", "grown 8.0 times: the learning rate is too high; lower --lr"),
     "collapse": (collapsed(1.1), CHANCE, "constant_features", "all pictures get the same features"),
     "above the start": (
-        [{"loss": 1.2 + 0.05 * n} for n in range(20)], None, "diverged", "the loss rose to .* from 1.2 untrained: .*--lr",
+        [{"loss": 1.2 + 0.05 * n} for n in range(20)], None, "diverged", "loss rose to .* from 1.2 untrained: .*--lr",
     ),
     "rise": ([{"loss": 1.3 - 0.1 * min(n, 8) + 0.08 * max(0, n - 8)} for n in range(20)], None, "diverged", "--lr"),
     "not a number": ([{"loss": 1.0}, {"loss": math.nan}], None, "diverged", "the loss is no number"),

@@ -106,7 +106,16 @@ def test_the_best_checkpoint_is_kept_and_marked(whole: Path) -> None:
     assert run.summary["health"]["rank"] > 1 and 0 < run.summary["health"]["spread"] < 1
 
 
-@pytest.mark.parametrize("stop", [{"step": 7}, {"step": 14, "signal": "SIGTERM"}, {"saving": 0.0}])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        {"step": 7},
+        {"saving": 0.0},
+        pytest.param(
+            {"step": 14, "signal": "SIGTERM"}, marks=pytest.mark.slow
+        ),  # some seconds for what the others show
+    ],
+)
 def test_a_run_that_was_stopped_has_the_same_series_and_the_same_best(
     workshop: forge.Forge, data: Path, labelled: Path, whole: Path, tmp_path: Path, stop: dict[str, Any]
 ) -> None:
