@@ -237,6 +237,9 @@ def test_the_tour_names_files_that_exist() -> None:
     steps = set(re.findall(r"`(src/saccade/[\w/]+\.py)`", to_the_loss)) - {"src/saccade/train.py"}
     assert 1 < len(steps) <= 6, sorted(steps)
     assert "src/saccade/recipes/mae.py" in steps
+    dino = text.split("## DINO, the same way")[1].split("SimCLR needs")[0]
+    shared = {name for name in steps if not name.endswith(("mae.py", "vit.py"))}  # its steps 1 to 3 and 5
+    assert len(shared | set(re.findall(r"`(src/saccade/[\w/]+\.py)`", dino))) <= 7
     for name, symbol in re.findall(r"`(src/saccade/[\w/]+\.py)`,? `(\w+(?:\.\w+)?)`", text):
         tree, last = ast.parse((ROOT / name).read_text(encoding="utf-8")), symbol.split(".")[-1]
         defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef)}

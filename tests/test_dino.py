@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade import augment, backbone, heads, losses, model, optim, recipe, vit
+from saccade import augment, backbone, heads, model, optim, recipe, vit
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.draws import Draws
@@ -213,7 +213,7 @@ def test_the_loss_is_the_mean_over_pairs(views: int, of_teacher: int) -> None:
     student = torch.randn(views, 3, 17, dtype=torch.float64, requires_grad=True)
     teacher = (torch.randn(of_teacher, 3, 17, dtype=torch.float64) * 5).softmax(-1)
     results = []
-    for loss in (losses.cross_view, naive):
+    for loss in (heads.cross_view, naive):
         value = loss(student, teacher, 0.1)
         results.append((value, *torch.autograd.grad(value, student)))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
@@ -223,20 +223,20 @@ def test_the_loss_wants_pairs() -> None:
     one = torch.ones(1, 3, 4) / 4
     for student, teacher in ((one, one), (one, one.repeat(2, 1, 1)), (one.repeat(2, 1, 1), one[:0])):
         with pytest.raises(ValueError, match="no pair"):
-            losses.cross_view(student, teacher, 0.1)
+            heads.cross_view(student, teacher, 0.1)
 
 
 def test_the_loss_is_taken_in_float32_at_least() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 3, 64).clamp(-1, 1), torch.randn(2, 3, 64).softmax(-1)
     half = student.bfloat16()
-    assert torch.equal(losses.cross_view(half, teacher, 0.1), losses.cross_view(half.float(), teacher, 0.1))
+    assert torch.equal(heads.cross_view(half, teacher, 0.1), heads.cross_view(half.float(), teacher, 0.1))
 
 
 def test_concentration_knows_the_extremes() -> None:
     uniform, same = torch.full((6, 8), 1 / 8), torch.eye(8)[[3] * 6]
     found = [
-        {name: value.item() for name, value in losses.concentration(p).items()} for p in (uniform, same, torch.eye(8))
+        {name: value.item() for name, value in heads.concentration(p).items()} for p in (uniform, same, torch.eye(8))
     ]
     assert found[0] == pytest.approx({"teacher_entropy": math.log(8), "prototype_use": 1})
     assert found[1] == pytest.approx({"teacher_entropy": 0, "prototype_use": 1 / 8})

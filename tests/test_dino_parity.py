@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saccade import heads, losses, model, optim, recipe, vit
+from saccade import heads, model, optim, recipe, vit
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.recipes import dino
@@ -118,15 +118,15 @@ def test_eight_steps_of_the_loop_are_the_reference_s(monkeypatch):
 
 
 def swapped_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = losses.cross_view
-    monkeypatch.setattr(losses, "cross_view", lambda student, teacher, t: right(student, teacher.flip(0), t))
+    right = heads.cross_view
+    monkeypatch.setattr(heads, "cross_view", lambda student, teacher, t: right(student, teacher.flip(0), t))
 
 
 def own_view_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
         return -(teacher.sum(0) * (student / temperature).log_softmax(-1)).sum(-1).mean() / len(teacher)
 
-    monkeypatch.setattr(losses, "cross_view", wrong)
+    monkeypatch.setattr(heads, "cross_view", wrong)
 
 
 def no_bottleneck_norm(monkeypatch: pytest.MonkeyPatch) -> None:

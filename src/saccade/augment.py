@@ -250,7 +250,7 @@ def _check(pixels: Tensor, views: Views) -> None:
     if channels not in (1, 3) and asked:
         raise SaccadeError(
             f"saturation, hue and grey need RGB, and these pictures have {channels} channels",
-            hint="set saturation, hue and grey to 0; brightness, contrast, blur and solarise work on any channels",
+            hint="set saturation, hue and grey to 0 (recipes: --colour 0 --grey 0); all else works on any channels",
         )
 
 

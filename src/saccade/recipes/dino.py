@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from saccade import augment, distributed, heads, losses, optim, recipe, vit
+from saccade import augment, distributed, heads, optim, recipe, vit
 from saccade.data import Batch
 from saccade.draws import Draws
 
@@ -130,8 +130,8 @@ class Method(recipe.Method):
         rates, rows = backbone.drop_rates(self.config.drop_path), batch["drop"].split([len(crop) for crop in crops])
         pooled = [backbone.pooled(x, drop=vit.stochastic_depth(r, rates)) for x, r in zip(crops, rows, strict=True)]
         logits = self.student["head"](torch.cat(pooled)).unflatten(0, (-1, samples))
-        loss = losses.cross_view(logits, target.unflatten(0, (-1, samples)), self.config.student_temperature)
-        return loss, losses.concentration(target)
+        loss = heads.cross_view(logits, target.unflatten(0, (-1, samples)), self.config.student_temperature)
+        return loss, heads.concentration(target)
 
     @torch.no_grad()
     def target(self, images: Tensor, t: Float[Tensor, ""]) -> Float[Tensor, "b k"]:
