@@ -261,7 +261,7 @@ def test_a_tour_tells_the_story_and_shows_the_run(tour: Path, page: Path) -> Non
     read = Reader(tour.read_text())
     assert read.headings[:5] == ["The story", "What was gained", "The pictures", "Search", "Evaluation"]
     assert read.headings[5:] == [heading for heading in EVERYTHING if heading != "Evaluation"]
-    assert "it beat the same network, untrained by 7.0 ± 1.0 points" in " ".join(read.text.split())
+    assert "it beat the same network, untrained, by 7.0 ± 1.0 points" in " ".join(read.text.split())
     marks = [figure["class"] for figure in read.all("figure") if "tile" in (figure["class"] or "")]
     assert marks.count("tile same") == 3 + 2 and marks.count("tile query") == 2 + 6  # labels are index % 2
     text = tour.read_text().replace(page.read_text(), "")

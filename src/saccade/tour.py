@@ -180,14 +180,14 @@ def _story(result: dict[str, Any], scores: dict[str, Any], run: Run) -> list[str
     arch = run.summary["arch"]
     hidden = f"Hide the labels. A network ({arch}) learns by the recipe {RECIPE} for {minutes:.1f} minutes"
     asked = f"Ask for {LABELS} labels a class. The network stays as it is; a linear classifier on its features learns"
-    gained = f"with {LABELS} labels a class, {result['verdict']['few_label']}"
+    gained = f"with {LABELS} labels a class: {result['verdict']['few_label']}"
     return [
         f"Look at the data: {split['train']:,} scraps of printed pages, in {split['classes']} scripts.",
         f"{hidden}, and sees nothing but the pictures.",
         f"{asked} from these few, and names {split['test']:,} pictures that neither has seen.",
         "Compare. Raw pixels, and the same network before it had learned anything, get the same labels.",
         "Search. Every test picture becomes a vector; the nearest vectors should be of pictures of one class.",
-        f"What was gained: {gained}; by k-NN with all labels, {result['verdict']['knn']}.",
+        f"In short, {gained}; by k-NN with all labels: {result['verdict']['knn']}.",
     ]
 
 

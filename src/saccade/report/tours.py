@@ -55,7 +55,7 @@ def said(scores: Mapping[str, Any], labels: int) -> str:
     margin = f"{abs(few['mean']):.1f} ± {few['two_standard_errors']:.1f} points"
     if few["verdict"] == "no difference":
         return f"did no better than {rival}"
-    return f"beat {rival} by {margin}" if few["verdict"] == "better" else f"fell {margin} short of {rival}"
+    return f"beat {rival}, by {margin}" if few["verdict"] == "better" else f"fell {margin} short of {rival}"
 
 
 def contact_sheet(source: Source) -> Section | None:
