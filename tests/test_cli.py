@@ -261,7 +261,7 @@ def test_the_result_without_json_is_for_eyes(
     assert capsys.readouterr().out.splitlines() == [
         "knn  pixels 0.25  pretrained 0.5",
         "few",
-        "  1  mean 0.5  std -",
+        "  1  mean 0.5",
         "results",
         "  key a  score 0.75",
         "at  x",

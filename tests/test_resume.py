@@ -290,3 +290,16 @@ def test_a_checkpoint_of_another_architecture_is_refused(undisturbed: Path) -> N
     with pytest.raises(SaccadeError, match=r"architecture: 1 missing .*1 unexpected .*1 of another shape") as error:
         distributed.load_tensors(wrong, undisturbed / "checkpoints" / "12", ranks)
     assert "\n" not in str(error.value)
+
+
+def test_a_mistake_before_the_first_step_leaves_the_directory_free(tmp_path: Path) -> None:
+    def claim(arch: str) -> Run:
+        with holding():
+            return Run.claim(tmp_path / "run", {"verb": "pretrain", "settings": {"arch": arch}})
+
+    claim("resnet18").note(data={"samples": 3})
+    run = claim("resnet-18/8")
+    assert run.config["settings"] == {"arch": "resnet-18/8"} and run.record == {}
+    run.log({"step": 1, "loss": 1.0, "seconds": 1.0})
+    with pytest.raises(SaccadeError, match="arch was resnet-18/8, and is vit-s/16 now"):
+        claim("vit-s/16")

@@ -89,7 +89,7 @@ def test_a_run_that_is_watched_has_the_same_weights(
 def test_the_best_checkpoint_is_kept_and_marked(whole: Path) -> None:
     run = Run.open(whole)
     series = {entry["step"]: entry["eval"] for entry in run.metrics() if "eval" in entry}
-    assert list(series) == list(range(2, STEPS + 1, 2))
+    assert list(series) == [1, *range(2, STEPS + 1, 2)]
     assert all(0 <= value <= 100 for entry in series.values() for value in entry.values())
     best = run.record["best"]
     assert best["value"] == max(entry["linear"] for entry in series.values()) == series[best["step"]]["linear"]

@@ -184,6 +184,8 @@ def _read_run(name: str, typed: list[str]) -> Values:
     from saccade.recipe import configure
 
     page, config = configure(recipe, _without(given, own), also=own)
+    variants = f"; {page.name} has {', '.join(page.variants) or 'no variants'}"
+    fields["recipe"] = FieldInfo(annotation=str, description=f"{own['recipe'].description}{variants}")
     said = _parse(
         name, PretrainArguments, typed, {**fields, **page.config.model_fields}, {**defaults, **dict(config), **given}
     )
@@ -345,13 +347,13 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         elif isinstance(part, (list, tuple)) and part and isinstance(part[0], Mapping):
             yield f"{indent}{key}"
             yield from (f"{indent}  {_short(row)}" for row in part)
-        elif key != "ok":
+        elif key != "ok" and part not in (None, [], {}):
             yield f"{indent}{key}  {_short(part)}"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "  ".join(f"{name} {_short(part)}" for name, part in value.items())
+        return "  ".join(f"{name} {_short(part)}" for name, part in value.items() if part not in (None, [], {}))
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_short, value)) or "-"
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

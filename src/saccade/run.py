@@ -38,6 +38,9 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {'ended' if self.summary else 'not ended'})"
+
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """An existing run. Raises `SaccadeError` where there is none."""
@@ -58,8 +61,12 @@ class Run:
         """
         run = cls(Path(path).expanduser())
         if (run.path / "config.json").is_file():
-            run._compare(asked)
+            if run._begun():
+                run._compare(asked)
             _hold(run.path)
+            if not run._begun():  # a mistake in the settings ended it before its first step
+                (run.path / "record.json").unlink(missing_ok=True)
+                write_json(run.path / "config.json", asked)
             return run
         if run.path.exists() and (not run.path.is_dir() or any(not _half(path) for path in run.path.iterdir())):
             raise SaccadeError(
@@ -70,12 +77,17 @@ class Run:
         write_json(run.path / "config.json", asked)
         return run
 
+    def _begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return bool(self.metrics()) or any(True for _ in self.steps())
+
     def _compare(self, asked: dict[str, Any]) -> None:
         before, now = (_flat({**what, "machine": {}}) for what in (self.config, json.loads(json.dumps(asked))))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise SaccadeError(
-                    f"{self.path} holds another run: {name} was {before.get(name)}, and is {now.get(name)} now",
+                    f"{self.path} holds another run: {name.removeprefix('settings.')} was {_spoken(before.get(name))}, "
+                    f"and is {_spoken(now.get(name))} now",
                     path="--out",
                     hint="name a new directory, or ask for the same to go on with that run",
                 )
@@ -281,6 +293,8 @@ def stop_requests() -> Iterator[dict[str, bool]]:
         if requests["stop"]:
             raise KeyboardInterrupt
         requests["stop"] = True
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping after this step; again to stop at once, without saving\n")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -330,6 +344,11 @@ def _flat(content: Any, name: str = "") -> dict[str, Any]:
         for key, part in content.items()
         for inner, value in _flat(part, f"{name}.{key}" if name else key).items()
     }
+
+
+def _spoken(value: Any) -> str:
+    """A setting's value, in words."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else "not set" if value is None else str(value)
 
 
 def _half(path: Path) -> bool:

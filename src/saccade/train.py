@@ -49,8 +49,8 @@ def pretrain(
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with distributed.ranks() as ranks, holding():
-        pretraining = Pretraining(page, config, arguments, parts, ranks)
         with stop_requests() as requests:
+            pretraining = Pretraining(page, config, arguments, parts, ranks)
             pretraining.train(requests)
         return pretraining.finish()
 
@@ -285,6 +285,7 @@ class Pretraining:
             "seconds": last["seconds"], "images_per_second": last["images_per_second"],
             "data_wait": waited(logged), "loss": sum(tail) / len(tail), "eval": evaluations, "best": self.watch.best,
             "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "report": str(self.run.path / report.REPORT),
             "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
             "memory_gb": last["memory_gb"],
         }  # fmt: skip

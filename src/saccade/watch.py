@@ -29,7 +29,8 @@ from saccade.settings import PretrainArguments
 from saccade.weights import Encoder
 
 EVALUATIONS = 10
-"""How often a run is evaluated on labelled pictures, the last time at its end."""
+"""How often a run is evaluated on labelled pictures, the last time at its end; before that once, when the rate of its
+first step was 0: the untrained network, without which the others say little."""
 MEASURE = "linear"
 """The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
@@ -55,7 +56,7 @@ class Watch:
         self._rows = min(10_000, max(1_000, steps * config.batch // 100))
         self._evaluations = set[int]()
         if self.arguments.eval is not None:
-            self._evaluations = {max(1, round(n * steps / EVALUATIONS)) for n in range(1, EVALUATIONS + 1)}
+            self._evaluations = {max(1, round(n * steps / EVALUATIONS)) for n in range(EVALUATIONS + 1)}
         warmup = round(config.warmup * steps)
         self._special = {1, warmup, steps}  # the untrained network, the highest rate, the end
         self.monitor = health.Monitor(model.method.chance(), warmup, len(self.source))
@@ -127,7 +128,7 @@ class Watch:
         if self.arguments.eval is None:
             return None
         tasks, group_by = ("knn", "linear"), self.arguments.group_by
-        return evaluate(encoder, self.arguments.eval, tasks=tasks, group_by=group_by, baselines=False)
+        return evaluate(encoder, self.arguments.eval, tasks=tasks, group_by=group_by)
 
     def judge(self, entry: dict[str, Any]) -> None:
         """Takes in a line of metrics.jsonl; a new verdict is said and recorded."""
