@@ -66,7 +66,7 @@ def small_pictures() -> Config:
 
 def small_machine() -> Config:
     """A few CPU cores: a tiny encoder, few small crops, a narrow head with batch norm, a sharp teacher."""
-    size = {"arch": "vit-ti/8", "image_size": 64, "local_size": 32, "local_crops": 4, "batch": 128, "drop_path": 0.0}
+    size = {"arch": "vit-ti/8", "image_size": 48, "local_size": 24, "local_crops": 2, "batch": 64, "drop_path": 0.0}
     head = {"prototypes": 1024, "hidden": 512, "head_norm": True}
     return Config(**size, **head, lr=2e-3, first_temperature=0.02, teacher_temperature=0.02, colour=0.5, blur=0.0)
 
