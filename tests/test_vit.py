@@ -13,6 +13,7 @@ from torch import nn
 
 from saccade import vit
 from saccade.errors import SaccadeError
+from saccade.linear import linear
 
 POSITIONS = ["learned", "sincos", "sincos_y_first", "rope", "none"]
 FAMILIES = {
@@ -224,7 +225,7 @@ def test_a_linear_layer_is_the_library_s_with_its_gradients(shape, biased):
     torch.manual_seed(0)
     inputs = [torch.randn(*shape, 24), torch.randn(40, 24), torch.randn(40) if biased else None]
     results = []
-    for layer, kind in ((vit.linear, torch.float32), (torch.nn.functional.linear, torch.float64)):
+    for layer, kind in ((linear, torch.float32), (torch.nn.functional.linear, torch.float64)):
         leaves = [None if x is None else x.clone().to(kind).detach().requires_grad_() for x in inputs]
         out = layer(*leaves)
         (out * torch.arange(40).sin()).sum().backward()
@@ -277,6 +278,7 @@ def test_mistakes_name_the_way_out(call, says):
 COMPILED = """
 import torch
 from saccade import vit
+from saccade.linear import linear
 
 images, keep = torch.rand(2, 3, 16, 16), torch.stack([torch.randperm(16)[:4] for _ in range(2)])
 for switches in ({"position": "sincos"}, {"position": "rope", "registers": 4, "qkv_bias": "k_masked"}):

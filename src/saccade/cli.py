@@ -31,6 +31,7 @@ from saccade.settings import (
     LENGTHS,
     EmbedArguments,
     EvaluateArguments,
+    ModelsArguments,
     PretrainArguments,
     SearchArguments,
     Settings,
@@ -82,6 +83,12 @@ def _search(values: Values) -> Mapping[str, Any]:
     return {"query": query, "results": [{"key": hit.key, "score": hit.score} for hit in hits]}
 
 
+def _models(values: Values) -> Mapping[str, Any]:
+    from saccade.published import listing
+
+    return {"models": listing(**values)}
+
+
 def _tour(values: Values) -> Mapping[str, Any]:
     from saccade.tour import tour
 
@@ -94,9 +101,10 @@ VERBS = {
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
+    "models": Verb(ModelsArguments, ("pattern",), _models),
 }
 
-LATER = ("adapt", "models", "export")
+LATER = ("adapt", "export")
 """Verbs that the interface names and this version does not have."""
 
 

@@ -20,9 +20,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError, nearest
+from saccade.linear import Linear
 from saccade.norm import BatchNorm
 from saccade.settings import Settings
-from saccade.vit import IMAGENET_MEAN, IMAGENET_STD, Features, Linear, places
+from saccade.vit import IMAGENET_MEAN, IMAGENET_STD, Features, places
 
 RESNETS: dict[str, dict[str, Any]] = {
     "8": {"kind": "basic", "blocks": (1, 1, 1), "widths": (64, 128, 256)},

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saccade import vit
+from saccade.linear import Linear, linear
 from saccade.norm import BatchNorm
 
 
@@ -27,8 +28,8 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential()
         for wide in (width, hidden):
             between = [BatchNorm(hidden), nn.GELU()] if norm else [nn.GELU()]
-            self.mlp.extend([vit.Linear(wide, hidden), *between])
-        self.mlp.append(vit.Linear(hidden, bottleneck))
+            self.mlp.extend([Linear(wide, hidden), *between])
+        self.mlp.append(Linear(hidden, bottleneck))
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
         self.reset_parameters()
 
@@ -42,7 +43,7 @@ class DINOHead(nn.Module):
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         """Cosines, so in [-1, 1]: a temperature makes logits of them."""
         weight = self.last_layer.weight
-        products = vit.linear(F.normalize(self.mlp(x), dim=-1), weight, None)
+        products = linear(F.normalize(self.mlp(x), dim=-1), weight, None)
         return products / torch.linalg.vector_norm(weight, dim=-1)  # cheaper than K prototypes divided by their lengths
 
 

@@ -22,10 +22,10 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = backbones.build(
-            config.arch, image_size=config.image_size, channels=config.channels, **config.backbone()
-        )
-        record = weights.load_state(backbone, init) if init else {"weights": "random", "seed": config.seed}
+        start = weights.load(init) if init else None
+        switches = config.backbone() | (weights.switches(start) if start else {})
+        backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
+        record = weights.load_state(backbone, start) if start else {"weights": "random", "seed": config.seed}
         return page.method(config, backbone, {}), record
 
 

@@ -146,6 +146,12 @@ class SearchArguments(Settings):
         return self
 
 
+class ModelsArguments(Settings):
+    """List the published checkpoints that are known: parameters, licence, training data, whether in the cache."""
+
+    pattern: Word = Field("*", description="part of a name or of a family; * and ? stand for anything")
+
+
 class TourArguments(Settings):
     """Pretrain, evaluate, embed and search on pictures that come with the package."""
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saccade.draws import Stream
 from saccade.errors import SaccadeError, nearest
+from saccade.linear import Linear, linear
 from saccade.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -91,6 +92,8 @@ class ViTConfig(Settings):
     )
     cls_position: bool = Field(True, description="the learned table has a row for the class token")
     position_offset: float = Field(0.0, ge=0, lt=1, description="added to the sides that a learned table is resized to")
+    position_antialias: bool = Field(False, description="a learned table is resized with antialiasing")
+    rope_rounded: bool = Field(False, description="RoPE's periods are rounded to bfloat16 (DINOv3)")
     pooling: Literal["cls", "mean", "map"] = Field(
         "cls", description="the one vector: class token, mean patch, attention"
     )
@@ -232,54 +235,6 @@ def initialise(module: nn.Module, kind: Initial) -> None:
                 nn.init.zeros_(part.bias)
 
 
-def _onednn_matrix() -> Any:
-    """oneDNN's x @ weight.T + bias for float32 on a CPU, or None where the default library is no slower.
-
-    F.linear goes to MKL, which leaves AVX-512 unused on AMD: 115 GFLOP/s a core on Zen 5, where oneDNN does 250.
-    It depends on the processor alone, never on a timing: the same machine gives the same bits.
-    """
-    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if able else None
-
-
-_MATRIX = _onednn_matrix()
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """A linear layer and its three gradients, all by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _MATRIX(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        return (
-            _MATRIX(rows, weight.t(), None, "none", [], "").view(x.shape) if to_x else None,
-            _MATRIX(rows.t(), x.reshape(-1, x.shape[-1]).t(), None, "none", [], "") if to_weight else None,
-            rows.sum(0) if to_bias else None,
-        )
-
-
-def linear(x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Tensor | None) -> Float[Tensor, "... o"]:
-    """`F.linear`, by the faster library where there is a choice."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not x.numel()
-    if _MATRIX is None or plain or torch.compiler.is_exporting():
-        return F.linear(x, weight, bias)
-    return _OneDNNLinear.apply(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`, by the faster library where there is a choice."""
-
-    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        return linear(x, self.weight, self.bias)
-
-
 class Scale(nn.Module):
     """One learned factor a channel on a residual branch (arXiv 2103.17239)."""
 
@@ -321,16 +276,17 @@ class SwiGLU(nn.Module):
 class Rotation(nn.Module):
     """Axial RoPE as in DINOv3: positions in [-1, 1] on each axis, periods from 1 to 100, rotating halves of a head."""
 
-    def __init__(self, head: int, axes: int):
+    def __init__(self, head: int, axes: int, rounded: bool = False):
         super().__init__()
-        self.head, self.axes = head, axes
+        self.head, self.axes, self.rounded = head, axes, rounded
         self.register_buffer("periods", torch.empty(head // (2 * axes)))
 
     def reset_buffers(self) -> None:
         """Published checkpoints bring rounded periods of their own, which is why they are saved."""
         count = self.periods.shape[0]
         steps = torch.arange(count, dtype=torch.float64, device=self.periods.device)
-        self.periods.copy_(100.0 ** (steps / count))
+        periods = 100.0 ** (steps / count)
+        self.periods.copy_(periods.bfloat16() if self.rounded else periods)
 
     def forward(self, grid: tuple[int, ...], still: int) -> tuple[Tensor, Tensor]:
         """Sines and cosines [1 still+N head]; the first `still` tokens are not turned."""
@@ -475,7 +431,8 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, count + self._table_prefix, width))
         elif config.position.startswith("sincos"):
             self.register_buffer("pos_embed", torch.empty(1, count, width), persistent=False)
-        self.rope_embed = Rotation(width // config.heads, axes) if config.position == "rope" else None
+        rope = config.position == "rope"
+        self.rope_embed = Rotation(width // config.heads, axes, config.rope_rounded) if rope else None
         self.norm_pre = nn.LayerNorm(width, config.eps) if config.pre_norm else nn.Identity()
         switches = config.model_dump(include={"activation", "qkv_bias", "layer_scale", "eps"})
         blocks = (Block(width, config.heads, config.hidden, **switches) for _ in range(config.depth))
@@ -565,7 +522,8 @@ class ViT(nn.Module):
         table = table.unflatten(1, self.config.grid).movedim(-1, 1)
         offset, sides = self.config.position_offset, zip(grid, self.config.grid, strict=True)
         to = {"scale_factor": [(n + offset) / native for n, native in sides]} if offset else {"size": grid}
-        table = F.interpolate(table, mode="bicubic" if len(grid) == 2 else "trilinear", align_corners=False, **to)
+        mode, smooth = "bicubic" if len(grid) == 2 else "trilinear", self.config.position_antialias
+        table = F.interpolate(table, mode=mode, antialias=smooth, align_corners=False, **to)
         return table.flatten(2).transpose(1, 2)
 
     def _embed(

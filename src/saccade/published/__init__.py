@@ -1,0 +1,521 @@
+"""Other projects' checkpoints: what is known of each family, and one table of names that serves both ways.
+
+Every other file here is a family: facts and key maps as `FAMILY`, no model code. The file name is the registry. Nothing
+here imports torch before tensors are there, so that families can be listed at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from saccade.errors import SaccadeError, nearest
+
+Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, Any]
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CC_BY_NC = ("CC-BY-NC-4.0", "https://creativecommons.org/licenses/by-nc/4.0/", "for non-commercial use only")
+APACHE = ("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0", None)
+
+
+class Way(NamedTuple):
+    """How tensors of theirs become tensors of ours, and back: each takes and gives a list, in the order of the rule."""
+
+    ours: Callable[[list[Any]], list[Any]]
+    theirs: Callable[[list[Any]], list[Any]]
+
+
+def rows(tensors: list[Any]) -> list[Any]:
+    """Several tensors as one, row below row."""
+    import torch
+
+    return [torch.cat(tensors)]
+
+
+def _query_value(tensors: list[Any]) -> list[Any]:
+    query, _, value = tensors[0].chunk(3)
+    return [query, value]
+
+
+SAME = Way(list, list)
+THREE = Way(rows, lambda ours: list(ours[0].chunk(3)))
+"""Queries, keys and values apart with them, in one matrix with us."""
+KEYLESS = Way(lambda theirs: rows([theirs[0], theirs[0] * 0, theirs[1]]), _query_value)
+"""Biases of queries and values with them; with us the keys' too, which are zero."""
+HALVES = Way(lambda theirs: list(theirs[0].chunk(2)), rows)
+"""One matrix with them is two with us: the packed SwiGLU (w12 to w1 and w2)."""
+QUERY_REST = Way(lambda theirs: list(theirs[0].split([len(theirs[0]) // 3, len(theirs[0]) // 3 * 2])), rows)
+"""One matrix of queries, keys and values with them; with us the queries' apart from the rest (attention pool)."""
+BATCH = Way(lambda theirs: [theirs[0][None]], lambda ours: [ours[0][0]])
+"""They have no batch axis: [N D] to [1 N D]."""
+TOKEN = Way(lambda theirs: [theirs[0][None, None]], lambda ours: [ours[0][0, 0]])
+"""[D] to [1 1 D]."""
+UNBATCH = Way(lambda theirs: [theirs[0][0]], lambda ours: [ours[0][None]])
+"""They have an axis more: [1 1 D] to [1 D]."""
+TRANSPOSED = Way(lambda theirs: [theirs[0].T.contiguous()], lambda ours: [ours[0].T.contiguous()])
+
+Names = str | tuple[str, ...]
+Rule = tuple[Names, Names] | tuple[Names, Names, Way]
+"""Our names, theirs, and the way; {n} (any word in braces) stands for a number. Three of theirs for one: `THREE`."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a project names the tensors of a family.
+
+    `prefixes` may stand before every name, the wanted one first where several do; `ignored` are regular expressions of
+    names that belong to no encoder (heads, decoders); `optional` are our names that may be missing; `model_types` are
+    what a transformers config.json says.
+    """
+
+    rules: tuple[Rule, ...]
+    prefixes: tuple[str, ...] = ("", "module.", "backbone.", "module.backbone.", "model.", "encoder.")
+    ignored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """One published network: numbers of the ViT, native side, parameters, where it is published, what differs in it.
+
+    `names`: hub repositories, timm names and official files. `switches` and `preprocess` add to the family's.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    patch: int
+    image_size: int
+    parameters: int
+    names: tuple[str, ...] = ()
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The numbers that tell sizes apart, by the names of `ViTConfig`."""
+        return {name: getattr(self, name) for name in ("width", "depth", "heads", "hidden", "patch", "image_size")}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How a family prepares a picture: short side to `resize`/`crop` of the native size, then the centre.
+
+    `square`: both sides to the native size instead, whatever the aspect.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    square: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a family of checkpoints. `terms` is one sentence where the licence is not a free one.
+
+    `switches` are those of `ViTConfig` that no tensor tells (eps, activation, position, mean, std, …); `read` gives
+    further ones from our names' shapes and the config.json. `signs` are regular expressions for a file's or folder's
+    name, which decide where two families have the same tensors.
+    """
+
+    name: str
+    licence: str
+    licence_url: str
+    terms: str | None
+    data: str
+    pooling: str
+    switches: Mapping[str, Any]
+    sizes: Mapping[str, Size]
+    namings: Mapping[str, Naming]
+    preprocess: Prepared = Prepared()
+    network: str = "vit"
+    read: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    signs: tuple[str, ...] = ()
+
+
+class Sorted(NamedTuple):
+    """Names of a file by what a naming makes of them; `missing` are theirs, `found` the rules that apply."""
+
+    prefix: str
+    found: list[tuple[list[str], list[str], Way]]
+    missing: list[str]
+    unexpected: list[str]
+    ignored: list[str]
+
+    @property
+    def matched(self) -> int:
+        return sum(len(theirs) for _, theirs, _ in self.found)
+
+
+class Recognised(NamedTuple):
+    """The family, the naming and the size (None: none of the published) of a set of tensors, and its `ViTConfig`."""
+
+    family: Family
+    naming: str
+    size: str | None
+    config: dict[str, Any]
+    names: Sorted
+
+
+def families() -> dict[str, Family]:
+    """Every family, by name: those of the files in this folder."""
+    pages = [importlib.import_module(f"{__name__}.{page.name}") for page in pkgutil.iter_modules(__path__)]
+    return {page.FAMILY.name: page.FAMILY for page in pages}
+
+
+def _parts(rule: Rule) -> tuple[list[str], list[str], Way]:
+    ours, theirs = ([names] if isinstance(names, str) else list(names) for names in rule[:2])
+    return ours, theirs, rule[2] if len(rule) == 3 else THREE if len(theirs) == 3 and len(ours) == 1 else SAME
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template)))
+
+
+def _apply(rules: Iterable[tuple[list[str], list[str], Way]], names: set[str]) -> tuple[list[Any], set[str]]:
+    """The rules (from, to, way) with numbers in place whose names are all there, and what is missing of the others."""
+    found, missing = [], set()
+    for source, target, way in rules:
+        bound = {
+            tuple(match.groupdict().items())
+            for template in source
+            for match in map(_pattern(template).fullmatch, names)
+            if match
+        }
+        for numbers in sorted(bound, key=lambda pairs: [int(number) for _, number in pairs]):
+            sources, targets = ([name.format(**dict(numbers)) for name in side] for side in (source, target))
+            lacking = set(sources) - names
+            missing |= lacking
+            if not lacking:
+                found.append((sources, targets, way))
+    return found, missing
+
+
+def sort(naming: Naming, names: Iterable[str], prefix: str = "") -> Sorted:
+    """What a naming makes of these names, of which those below `prefix` are the encoder's."""
+    every = set(names)
+    inside = {name.removeprefix(prefix) for name in every if name.startswith(prefix)}
+    rules = [_parts(rule) for rule in naming.rules]
+    found, missing = _apply([(theirs, ours, way) for ours, theirs, way in rules], inside)
+    known = {name for theirs, _, _ in found for name in theirs}
+    rest = sorted(inside - known)
+    patterns = [re.compile(pattern) for pattern in naming.ignored]
+    ignored = [name for name in rest if any(pattern.match(name) for pattern in patterns)]
+    outside = sorted(name for name in every if not name.startswith(prefix))
+    unexpected = [prefix + name for name in rest if name not in ignored]
+    return Sorted(
+        prefix,
+        [(ours, [prefix + name for name in theirs], way) for theirs, ours, way in found],
+        sorted(prefix + name for name in missing),
+        unexpected,
+        [prefix + name for name in ignored] + outside,
+    )
+
+
+def to_ours(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
+    """Their tensors by our names. What the naming does not know is left out; `sort` says what that is."""
+    result: dict[str, Any] = {}
+    for ours, theirs, way in sort(naming, tensors, prefix).found:
+        result.update(zip(ours, way.ours([tensors[name] for name in theirs]), strict=True))
+    return result
+
+
+def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
+    """Our tensors by their names, bit for bit what `to_ours` was given. Raises `SaccadeError` for what has no name."""
+    found, _ = _apply([_parts(rule) for rule in naming.rules], set(tensors))
+    known = {name for ours, _, _ in found for name in ours}
+    if nameless := sorted(tensors.keys() - known - set(naming.optional)):
+        raise SaccadeError(f"this naming has no place for {', '.join(nameless[:3])}", path=nameless[0])
+    result: dict[str, Any] = {}
+    for ours, theirs, way in found:
+        values = way.theirs([tensors[name] for name in ours])
+        result.update(zip((prefix + name for name in theirs), values, strict=True))
+    return result
+
+
+def pairs(rules: Mapping[str, Names], before: tuple[str, str] = ("", "")) -> tuple[Rule, ...]:
+    """Rules for the weight and the bias of each of these, with what stands before our names and before theirs."""
+    return tuple(
+        (
+            f"{before[0]}{ours}.{kind}",
+            f"{before[1]}{theirs}.{kind}"
+            if isinstance(theirs, str)
+            else tuple(f"{before[1]}{part}.{kind}" for part in theirs),
+        )
+        for ours, theirs in rules.items()
+        for kind in ("weight", "bias")
+    )
+
+
+_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+PLAIN: tuple[Rule, ...] = (
+    ("cls_token", "cls_token"),
+    ("pos_embed", "pos_embed"),
+    *pairs({name: name for name in ("patch_embed.proj", "norm", *(f"blocks.{{n}}.{part}" for part in _PARTS))}),
+)
+"""A ViT as timm names it, and MAE, DINO, iBOT, MoCo v3 and I-JEPA themselves; where there is no class token, none."""
+
+
+def activation(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The activation that a transformers config.json says, where it says one: for `Family.read`."""
+    del shapes
+    said = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "gelu_quick"}
+    if "hidden_act" not in config:
+        return {}
+    if config["hidden_act"] not in said:
+        raise SaccadeError(
+            f"activation {config['hidden_act']!r} is none that a ViT here has", path="hidden_act", hint=", ".join(said)
+        )
+    return {"activation": said[config["hidden_act"]]}
+
+
+def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: str = "") -> Recognised:
+    """What these tensors are, by their names and shapes, a transformers config.json where there is one, and a name.
+
+    `called` (the file's or folder's name) decides only where two families or sizes have the very same tensors. Raises
+    `SaccadeError` that counts what matches the nearest family, unless every tensor of an encoder is there.
+    """
+    config = config or {}
+    attempts = [
+        _attempt(family, name, naming, shapes, config, called)
+        for family in families().values()
+        if _may_be(family, config)
+        for name, naming in family.namings.items()
+    ]
+    if not attempts:
+        namings = [naming for family in families().values() for naming in family.namings.values()]
+        known = {kind for naming in namings for kind in naming.model_types}
+        raise SaccadeError(
+            f"model_type {config['model_type']!r} is of no family that saccade knows",
+            path="model_type",
+            hint=nearest(str(config["model_type"]), known),
+        )
+    whole = [found for found, reason in attempts if reason is None]
+    signed = [found for found in whole if any(re.search(sign, called, re.IGNORECASE) for sign in found.family.signs)]
+    distinct = {found.family.name: found for found in reversed(signed or whole)}  # the first naming that fits
+    if len(distinct) == 1:
+        return next(iter(distinct.values()))
+    if distinct:
+        signs = " or ".join(sign for found in distinct.values() for sign in found.family.signs[:1])
+        raise SaccadeError(
+            f"these tensors may be of {' or '.join(distinct)}: the families name and shape theirs alike",
+            path=called,
+            hint=f"name the file or its folder so that it says which: {signs}",
+        )
+    found, reason = max(attempts, key=lambda attempt: _likeness(attempt[0].names))
+    names = found.names
+    if not names.matched:
+        raise SaccadeError(
+            f"none of its {len(shapes)} tensors has a name of a family that saccade knows",
+            path=called,
+            hint=f"known families: {', '.join(families())}",
+        )
+    raise SaccadeError(
+        f"not a whole encoder of any family; the nearest is {found.family.name} ({found.naming} names): {reason}",
+        path=called,
+        hint="nothing was loaded; is it the whole file, and of a family that saccade knows?",
+    )
+
+
+def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
+    kinds = {kind for naming in family.namings.values() for kind in naming.model_types}
+    return "model_type" not in config or config["model_type"] in kinds
+
+
+def _likeness(names: Sorted) -> float:
+    return names.matched / max(1, names.matched + len(names.missing) + len(names.unexpected))
+
+
+def _attempt(
+    family: Family, name: str, naming: Naming, shapes: Shapes, config: Mapping[str, Any], called: str
+) -> tuple[Recognised, str | None]:
+    """What the tensors are if they are this family's in this naming, and why they are not."""
+    names = max((sort(naming, shapes, prefix) for prefix in naming.prefixes), key=lambda names: names.matched)
+    found = Recognised(family, name, None, {}, names)
+    if not names.matched:
+        return found, "nothing matches"
+    given = _our_shapes(naming, shapes, names.prefix)
+    try:
+        size, switches = _geometry(family, given, config, called)
+        expected = _expected(family, switches)
+    except SaccadeError as error:
+        return found, f"{_counts(names)}; {error.error}"
+    except (KeyError, IndexError, TypeError, ValueError):
+        return found, f"{_counts(names)}; what tells its size is missing or of another shape"
+    reshaped = [
+        f"{key} {given[key]} for {expected[key]}"
+        for key in given.keys() & expected.keys()
+        if given[key] != expected[key]
+    ]
+    lacking = _in_their_names(naming, expected.keys() - given.keys() - set(naming.optional), names.prefix, shapes)
+    names = names._replace(
+        missing=sorted({*names.missing, *lacking}),
+        unexpected=sorted([*names.unexpected, *(given.keys() - expected.keys()), *reshaped]),
+    )
+    found = found._replace(size=size, config=switches, names=names)
+    return found, _counts(names) if names.missing or names.unexpected else None
+
+
+def _in_their_names(naming: Naming, ours: Iterable[str], prefix: str, shapes: Shapes) -> set[str]:
+    """What a file lacks, by the names that the file would have, or by ours where the naming has none."""
+    found, _ = _apply([_parts(rule) for rule in naming.rules], set(ours))
+    named = {name for sources, _, _ in found for name in sources}
+    return {prefix + name for _, targets, _ in found for name in targets} - shapes.keys() | (set(ours) - named)
+
+
+def _counts(names: Sorted) -> str:
+    parts = [f"{names.matched} matched"]
+    for kind, some in (("missing", names.missing), ("unexpected", names.unexpected)):
+        listed = f" ({', '.join(some[:3])}{', …' if len(some) > 3 else ''})" if some else ""
+        parts.append(f"{len(some)} {kind}{listed}")
+    return ", ".join(parts)
+
+
+def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+    import torch
+
+    hollow = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name.startswith(prefix)}
+    result: dict[str, tuple[int, ...]] = {}
+    for ours, theirs, way in sort(naming, hollow, prefix).found:
+        try:
+            result.update(
+                (key, tuple(x.shape)) for key, x in zip(ours, way.ours([hollow[name] for name in theirs]), strict=True)
+            )
+        except (IndexError, RuntimeError, ValueError):  # it is of another shape than this naming's
+            continue
+    return result
+
+
+def _expected(family: Family, switches: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the network that these switches describe. Raises `SaccadeError` where none does."""
+    import torch
+
+    from saccade.backbone import FAMILIES
+
+    kind = FAMILIES[family.network]
+    with torch.device("meta"):
+        network = kind.network(kind.config(**switches))
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _geometry(
+    family: Family, shapes: Shapes, config: Mapping[str, Any], called: str
+) -> tuple[str | None, dict[str, Any]]:
+    """The published size, where it is one, and the settings of the network. Raises `SaccadeError` or `LookupError`."""
+    config = {**config, **config.get("vision_config", {})}
+    switches = {**family.switches, "pooling": family.pooling}
+    if family.network != "vit":
+        return None, switches | dict(family.read(shapes, config) if family.read else {})
+    numbers = _numbers(shapes, config)
+    cls = int(switches.get("cls", True) and switches.get("cls_position", True))
+    if "pos_embed" in shapes:
+        rows = shapes["pos_embed"][1]
+        if cls and math.isqrt(rows) ** 2 == rows:  # the class token has no position of its own
+            cls, switches["cls_position"] = 0, False
+        numbers["image_size"] = math.isqrt(rows - cls) * numbers["patch"]
+    gated = any(".mlp.w1." in name for name in shapes)
+    registers = shapes.get("register_tokens", (1, 0))[1]
+    alike = [
+        (name, size)
+        for name, size in family.sizes.items()
+        if all(numbers[key] == value for key, value in size.numbers.items() if key in numbers and key != "image_size")
+        and (size.switches.get("activation") == "swiglu") == gated
+        and size.switches.get("registers", registers) == registers
+    ]
+    exact = [(name, size) for name, size in alike if numbers.get("image_size", size.image_size) == size.image_size]
+    name, size = _chosen(exact or alike, called)
+    if "num_attention_heads" not in config and size is None:
+        shown = ", ".join(f"{key} {numbers[key]}" for key in ("width", "depth", "hidden", "patch"))
+        raise SaccadeError(f"its size ({shown}) is none of the published ones, so nothing says how many heads it has")
+    if size is not None:
+        switches |= size.switches
+        numbers = {**size.numbers, **numbers}
+    else:
+        numbers.setdefault("image_size", config.get("image_size", 224))
+    if "num_attention_heads" in config:
+        numbers["heads"] = config["num_attention_heads"]
+    if gated:
+        switches["activation"] = "swiglu"
+    if "register_tokens" in shapes:
+        switches["registers"] = shapes["register_tokens"][1]
+    switches |= {"mask_token": "mask_token" in shapes, "channels": shapes["patch_embed.proj.weight"][1], **numbers}
+    switches |= dict(family.read(shapes, config) if family.read else {})
+    return name if (name, size) in exact else None, switches
+
+
+def _numbers(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, int]:
+    """What tensors tell of a ViT: width, depth, hidden, patch. The depth is config.json's where there is one."""
+    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    blocks = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
+    first = next(
+        name for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w1.weight", "") if name in shapes or not name
+    )
+    return {
+        "width": width,
+        "depth": config.get("num_hidden_layers", 1 + max(blocks)),
+        "hidden": shapes[first][0],
+        "patch": patch,
+    }
+
+
+def _chosen(sizes: list[tuple[str, Size]], called: str) -> tuple[str | None, Size | None]:
+    """The one that the file's or folder's name says; any where they are alike. Raises `SaccadeError` where not."""
+    said = [one for one in sizes if any(name.rpartition("/")[2] in called for name in one[1].names)] or sizes
+    if not said:
+        return None, None
+    if any(size.switches != said[0][1].switches for _, size in said):
+        names = " or ".join(size.names[0].rpartition("/")[2] for _, size in said)
+        raise SaccadeError(f"its name must say which it is, for their tensors are alike: {names}", path=called)
+    return said[0]
+
+
+def listing(pattern: str = "*") -> list[dict[str, Any]]:
+    """The published checkpoints whose name or family has the pattern in it, * and ? allowed. Raises `SaccadeError`."""
+    found: list[dict[str, Any]] = [
+        {
+            "name": size.names[0] if size.names else f"{family.name}/{name}",
+            "family": family.name,
+            "size": name,
+            "parameters": size.parameters,
+            "licence": family.licence,
+            "terms": family.terms,
+            "data": size.data or family.data,
+            "cached": any(map(_cached, size.names)),
+        }
+        for family in families().values()
+        for name, size in family.sizes.items()
+    ]
+    wanted = [
+        row for row in found if any(fnmatch(row[key].lower(), f"*{pattern.lower()}*") for key in ("name", "family"))
+    ]
+    if not wanted:
+        raise SaccadeError(
+            f"no published model is called {pattern!r}",
+            path=pattern,
+            hint=nearest(pattern, [*families(), *(str(row["name"]) for row in found)]),
+        )
+    return wanted
+
+
+def _cached(name: str) -> bool:
+    """Whether the Hugging Face cache of this machine has a snapshot of a repository."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
+    )
+    hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*"))
