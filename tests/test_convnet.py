@@ -355,8 +355,9 @@ def test_weights_of_another_family_are_refused_and_of_this_one_taken(tmp_path: P
     network = TINY["resnet"]()
     weights.save_backbone(tmp_path, network, {"licence": "CC0-1.0"})
     fresh = TINY["resnet"](image_size=24)
-    assert weights.load_state(fresh, tmp_path)["licence"] == "CC0-1.0"
+    saved = weights.load(tmp_path)
+    assert weights.load_state(fresh, saved)["licence"] == "CC0-1.0"
     assert torch.equal(fresh.layer1[0].conv1.weight, network.layer1[0].conv1.weight)
     for other in (TINY["convnext"](), vit.build("vit-ti/4", image_size=16)):
         with pytest.raises(SaccadeError, match="another architecture"):
-            weights.load_state(other, tmp_path)
+            weights.load_state(other, saved)
