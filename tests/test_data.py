@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import time
 
 import numpy as np
 import pytest
@@ -212,7 +213,14 @@ def test_the_reader_is_a_plain_dataset_and_can_be_spawned():
         assert torch.equal(got.batch["pixels"], here.batch["pixels"]) and got.step == here.step
 
 
-def test_workers_leave_a_stop_to_the_main_process():
+def test_workers_leave_a_stop_to_the_main_process(monkeypatch):
+    start = data._start_worker
+
+    def late(number):  # as on a machine that is busy: the stop comes before the second worker has begun
+        time.sleep(number)
+        start(number)
+
+    monkeypatch.setattr(data, "_start_worker", late)
     deliveries = iter(loader(Toy(4000), Order([4000]), first_step=0, last_step=60, batch=4, workers=2))
     next(deliveries)
     with open(f"/proc/self/task/{os.getpid()}/children") as children:

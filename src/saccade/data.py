@@ -358,8 +358,8 @@ def _as_it_is(delivery: Any) -> Any:
 
 
 def _unwrap(deliveries: DataLoader[Any]) -> Iterator[Delivery]:
-    born_with = {signal.SIGTERM} if sys.platform == "linux" else set()  # blocked in workers from their first moment
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, born_with)
+    born_with = {signal.SIGINT} | ({signal.SIGTERM} if sys.platform == "linux" else set())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, born_with)  # in workers too, from their first moment
     try:
         started = iter(deliveries)
     finally:
