@@ -19,6 +19,7 @@ from torch import nn
 
 import saccade
 from saccade import backbone, convnet, optim, vit, weights
+from saccade.encoder import untrained
 from saccade.errors import SaccadeError
 from saccade.evaluate.features import _poolings
 
@@ -335,7 +336,7 @@ def test_every_verb_takes_a_convnet(family: str, pictures: Path, tmp_path: Path)
     assert encoder.record["size"] == 16 and encoder.record["missing"] == []
     config = json.loads((tmp_path / "run" / "backbone" / "config.json").read_text())
     assert config[backbone.family_of(network)]["widths"] == list(network.config.widths)
-    fresh, again = (weights.untrained(encoder, 3)(images).patches for _ in range(2))
+    fresh, again = (untrained(encoder, 3)(images).patches for _ in range(2))
     assert torch.equal(fresh, again) and not torch.equal(fresh, network(images).patches)
     found = saccade.evaluate(tmp_path / "run", pictures, tasks=("knn",))
     assert found["knn"] == 100 and found["pooled"]["chosen"] == "mean" and set(found["pooled"]) >= {"mean"}

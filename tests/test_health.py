@@ -11,8 +11,8 @@ import torch
 from toys.sources import Pictures
 
 from saccade import health, vit
+from saccade.encoder import Encoder, Preprocess
 from saccade.health import Monitor
-from saccade.weights import Encoder, Preprocess
 
 K = 256
 CHANCE = math.log(K)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saccade import backbone, published, vit, weights
 from saccade.cli import main
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.published import mae
 
@@ -63,7 +64,7 @@ def said(oracle: Any, images: Tensor) -> Tensor:
         return oracle((images - mean) / std, noise=noise, interpolate_pos_encoding=True).last_hidden_state
 
 
-def difference(encoder: weights.Encoder, oracle: Any, size: tuple[int, int] = (32, 32)) -> float:
+def difference(encoder: Encoder, oracle: Any, size: tuple[int, int] = (32, 32)) -> float:
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         features = encoder(images)

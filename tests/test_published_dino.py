@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade import published, weights
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.vit import Rotation
 
@@ -105,14 +106,14 @@ def _asked(model: Any, pictures: Tensor, hide: Tensor | None = None) -> Tensor:
         return model((pictures - mean) / std, **masked, **extra).last_hidden_state
 
 
-def _ours(encoder: weights.Encoder, pictures: Tensor, hide: Tensor | None = None) -> Tensor:
+def _ours(encoder: Encoder, pictures: Tensor, hide: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         found = encoder.backbone(pictures, hide=hide)
     assert torch.equal(encoder.embedding(found), found.cls)
     return torch.cat([found.cls[:, None], found.registers, found.patches], 1)
 
 
-def _difference(model: Any, encoder: weights.Encoder, size: tuple[int, int]) -> float:
+def _difference(model: Any, encoder: Encoder, size: tuple[int, int]) -> float:
     pictures = _pictures(size)
     return float((_asked(model, pictures) - _ours(encoder, pictures)).abs().max())
 

@@ -31,13 +31,13 @@ import saccade.recipes
 from saccade import recipe, report
 from saccade.backbone import build as build_backbone
 from saccade.data import Sample, Source
+from saccade.encoder import Encoder
 from saccade.model import build
 from saccade.report import charts, pictures, sections
 from saccade.report.charts import Line
 from saccade.run import Run, environment
 from saccade.search import Hit
 from saccade.vit import Features
-from saccade.weights import Encoder
 
 SMALL = {"arch": "vit-ti/8", "image_size": 32, "batch": 8, "steps": 60, "decoder_width": 48, "decoder_depth": 2,
          "decoder_heads": 3}  # fmt: skip

@@ -16,12 +16,12 @@ from toys.sources import Pictures
 import saccade.recipes
 from saccade import distributed, load, pretrain, watch
 from saccade.data import Sample
+from saccade.encoder import Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate.labelled import SHARE, read_labelled
 from saccade.evaluate.live import Live
 from saccade.evaluate.splits import set_apart
 from saccade.run import Run, verify
-from saccade.weights import Preprocess
 
 STEPS = 20
 SETTINGS = {"steps": STEPS, "save_every": "7"}
@@ -195,7 +195,7 @@ def test_the_part_that_decides_is_held_out_of_train_by_group_and_test_is_never_r
     split = read_labelled(Guarded(90), None, 64, 3)
     source = Guarded(90, frozenset(split.test.tolist()))
     live = Live(source, None, Preprocess.at(16), 1000)
-    encoder = saccade.weights.Encoder(
+    encoder = saccade.encoder.Encoder(
         saccade.vit.build("vit-ti/8", image_size=16, depth=1, width=48, heads=3, hidden=96), {}
     )
     state = torch.get_rng_state()

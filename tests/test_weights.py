@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from saccade import encoder as encoder_page
 from saccade import vit, weights
+from saccade.encoder import Preprocess, untrained
 from saccade.errors import SaccadeError
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "hidden": 32}
@@ -145,26 +147,26 @@ def test_preprocess_is_the_same_for_file_picture_and_pixels(saved: Path, tmp_pat
 
 
 def test_preprocess_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weights.Preprocess.at(224) == weights.Preprocess(256, 224)
-    assert weights.Preprocess.at(32).resize == 32  # small pictures keep their border
-    enlarged, resized = [], weights.resized
-    monkeypatch.setattr(weights, "resized", lambda pixels, *how: enlarged.append(pixels.shape) or resized(pixels, *how))
+    assert Preprocess.at(224) == Preprocess(256, 224)
+    assert Preprocess.at(32).resize == 32  # small pictures keep their border
+    enlarged, resized = [], encoder_page.resized
+    monkeypatch.setattr(encoder_page, "resized", lambda pixels, *how: enlarged.append(pixels.shape) or resized(pixels, *how))
     strip = torch.zeros(3, 2, 4000, dtype=torch.uint8)
-    assert weights.Preprocess.at(224)(strip).shape == (3, 224, 224)
+    assert Preprocess.at(224)(strip).shape == (3, 224, 224)
     assert max(enlarged[0]) <= 8  # a strip enlarged whole would take gigabytes
     deep = torch.full((1, 3, 8, 8), 65535, dtype=torch.int32).to(torch.uint16)
-    assert weights.Preprocess.at(16)(deep).amax() == 1.0
+    assert Preprocess.at(16)(deep).amax() == 1.0
 
 
 def test_untrained_depends_on_the_seed_alone(saved: Path) -> None:
     encoder = weights.load(saved)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first = weights.untrained(encoder, 3)
+    first = untrained(encoder, 3)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(2)
     assert torch.equal(
-        first.backbone.blocks[0].attn.qkv.weight, weights.untrained(encoder, 3).backbone.blocks[0].attn.qkv.weight
+        first.backbone.blocks[0].attn.qkv.weight, untrained(encoder, 3).backbone.blocks[0].attn.qkv.weight
     )
 
 

@@ -14,13 +14,13 @@ from saccade.errors import SaccadeError
 
 if TYPE_CHECKING:
     from saccade.embed import embed as embed
+    from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
     from saccade.run import Run as Run
     from saccade.search import Hit as Hit
     from saccade.search import Index as Index
     from saccade.train import pretrain as pretrain
     from saccade.vit import Features as Features
-    from saccade.weights import Encoder as Encoder
     from saccade.weights import load as load
 
 __version__ = "0.1.0"

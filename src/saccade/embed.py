@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from saccade.data import Source, fingerprint, keep_memory
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable, nearest
 from saccade.search import FORMAT, KEYS, QUARANTINE, STATE, Index, read_state
 from saccade.sources import open_source
 from saccade.vit import Features
-from saccade.weights import Encoder, load
+from saccade.weights import load
 
 TOKENS = ("cls", "mean", "patches")
 _SAVE_SECONDS = 2.0

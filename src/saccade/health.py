@@ -18,8 +18,8 @@ from torch import Tensor
 
 from saccade.data import Source
 from saccade.draws import Permutation
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import Unreadable
-from saccade.weights import Encoder, Preprocess
 
 RECENT = 100
 """Steps over which figures are averaged before they are judged, and a few lines at least."""

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from saccade import weights
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable
 
 FORMAT = "saccade-index-1"
@@ -36,7 +37,7 @@ class Hit:
 class Index:
     """Keys and vectors, and their neighbours. `Index.open(path)` opens one; `embed` makes one."""
 
-    def __init__(self, path: Path, state: dict[str, Any], backbone: str | Path | weights.Encoder | None = None):
+    def __init__(self, path: Path, state: dict[str, Any], backbone: str | Path | Encoder | None = None):
         self.path, self.state = path, state
         self.images_per_second: float | None = None
         self._backbone = backbone
@@ -44,7 +45,7 @@ class Index:
         self._norms: dict[str, np.ndarray] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, backbone: str | Path | weights.Encoder | None = None) -> Index:
+    def open(cls, path: str | Path, *, backbone: str | Path | Encoder | None = None) -> Index:
         """An index that is finished. `backbone` says where the encoder is now, for queries that are pictures.
 
         Raises `SaccadeError` for what is no index, and for one that is not finished, with the command that goes on.
@@ -212,7 +213,7 @@ class Index:
     def _of_image(self, image: Image.Image | str | Path) -> np.ndarray:
         """The vector of a picture, made as those of the index were."""
         said = self.state["backbone"]
-        if not isinstance(self._backbone, weights.Encoder):
+        if not isinstance(self._backbone, Encoder):
             place = self._backbone or said["path"]
             if place is None:
                 raise SaccadeError("the index does not know its backbone's place", hint="Index.open(path, backbone=…)")

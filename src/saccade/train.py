@@ -16,6 +16,7 @@ from saccade import distributed, report, weights
 from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.model import Model
 from saccade.progress import Progress, waited
@@ -261,7 +262,7 @@ class Pretraining:
         self.ranks.from_first(lambda: self._conclude(encoder, tensors))
         return self.run
 
-    def _conclude(self, encoder: weights.Encoder | None, tensors: dict[str, Tensor]) -> None:
+    def _conclude(self, encoder: Encoder | None, tensors: dict[str, Tensor]) -> None:
         scores = None
         if not self.run.summary:
             if encoder is not None:

@@ -19,6 +19,7 @@ from saccade import distributed, health, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.evaluate.live import Live
@@ -26,7 +27,6 @@ from saccade.model import Model, build
 from saccade.recipe import Recipe, Training
 from saccade.run import Run, verify
 from saccade.settings import PretrainArguments
-from saccade.weights import Encoder
 
 EVALUATIONS = 10
 """How often a run is evaluated on labelled pictures, the last time at its end; before that once, when the rate of its

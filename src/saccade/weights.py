@@ -6,164 +6,32 @@ Nothing here runs what a file says: a pickle is read for its tensors and plain c
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
 import os
-import pickle
 import sys
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from blake3 import blake3
-from jaxtyping import Float, Shaped
-from PIL import Image, ImageOps
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from safetensors.torch import save_file
+from torch import Tensor
 
 from saccade import published
 from saccade.backbone import FAMILIES, Backbone, family_of
-from saccade.decode import decode, pixels_of
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, nearest
-from saccade.published import Prepared, Recognised
-from saccade.sources.files import read
-from saccade.vit import Features, ViT, sincos
+from saccade.published import Recognised
+from saccade.tensors import PICKLES, hash_of, read_tensors
+from saccade.vit import ViT, sincos
 
 FORMAT = "saccade-backbone-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHARDS, BIN = f"{WEIGHTS}.index.json", "pytorch_model.bin"
-_PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
-_LARGEST_HEADER = 100_000_000
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_WHOLE_BELOW = 192
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """A picture to what an encoder reads: short side to `resize` (antialiased), then the centre `crop`².
-
-    `square`: both sides to `crop` instead, whatever the aspect.
-    """
-
-    resize: int
-    crop: int
-    channels: int = 3
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    square: bool = False
-
-    @classmethod
-    def at(cls, size: int, channels: int = 3) -> Preprocess:
-        """The convention for a native size.
-
-        From 192 pixels up: the 256 / 224 of the published families, which leaves out a margin of photographs. Below,
-        the whole short side: small pictures (cells, icons, CIFAR) are framed tightly, and enlarging them to cut the
-        enlargement off again loses their border.
-        """
-        return cls(size if size < _WHOLE_BELOW else round(size * 256 / 224), size, channels)
-
-    @classmethod
-    def of(cls, facts: Prepared, size: int, channels: int = 3) -> Preprocess:
-        """As a published family does it, at any size."""
-        resize = size if facts.square else round(size * facts.resize / facts.crop)
-        return cls(resize, size, channels, facts.interpolation, facts.square)
-
-    @property
-    def canvas(self) -> int:
-        """Short side to which decoding may shrink a picture: twice what is needed, so that antialiasing stays ours."""
-        return 2 * self.resize
-
-    def __call__(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c s s"]:
-        """The picture as uint8, or as float in [0, 1] where it has more than 8 bits.
-
-        Takes a Pillow picture, a file, or pixels [C H W] (or [1 C H W], as a `Sample` has them). Raises `Unreadable`
-        for a file that cannot be decoded.
-        """
-        if isinstance(picture, str | Path):
-            pixels = decode(
-                read(str(picture), str(picture)), key=str(picture), short_side=self.canvas, channels=self.channels
-            )
-        elif isinstance(picture, Image.Image):
-            array = pixels_of(ImageOps.exif_transpose(picture), None, self.channels)
-            pixels = torch.from_numpy(array).permute(2, 0, 1)
-        else:
-            pixels = picture
-        pixels = pixels[0] if pixels.ndim == 4 else pixels
-        if pixels.dtype == torch.uint16:
-            pixels = pixels.to(torch.float32) / 65535
-        if self.square:
-            return _interpolated(pixels, [self.crop, self.crop], self.interpolation)
-        whole = _centre(pixels, 4 * min(pixels.shape[1:]))
-        return _centre(resized(whole, self.resize, self.interpolation), self.crop)
-
-
-def _centre(pixels: Shaped[Tensor, "c h w"], side: int) -> Shaped[Tensor, "c _ _"]:
-    """At most `side` pixels each way, from the middle."""
-    height, width = pixels.shape[1:]
-    top, left = max(0, height - side) // 2, max(0, width - side) // 2
-    return pixels[:, top : top + side, left : left + side]
-
-
-def resized(pixels: Shaped[Tensor, "c h w"], short: int, interpolation: str = "bicubic") -> Shaped[Tensor, "c _ _"]:
-    """The picture with this short side; the same memory where it has it already."""
-    height, width = pixels.shape[1:]
-    size = [max(short, round(side * short / min(height, width))) for side in (height, width)]
-    return pixels if min(height, width) == short else _interpolated(pixels, size, interpolation)
-
-
-def _interpolated(pixels: Shaped[Tensor, "c h w"], size: list[int], interpolation: str) -> Shaped[Tensor, "c _ _"]:
-    out = F.interpolate(pixels[None], size=size, mode=interpolation, antialias=True, align_corners=False)[0]
-    return out.clamp(0, 1) if pixels.is_floating_point() and pixels.amin() >= 0 and pixels.amax() <= 1 else out
-
-
-class Encoder(nn.Module):
-    """Pictures to `Features`: `Float[B C H W]` in [0, 1] or `UInt8[B C H W]`; normalisation happens inside.
-
-    `preprocess` turns any one picture into what goes in; `record` says where the weights come from: family, size, mean,
-    std, hash, licence, and which tensors matched, were missing or unexpected; `grid` how many patches there are along
-    each axis of what `preprocess` makes.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        record: dict[str, Any],
-        image_size: int | None = None,
-        preprocess: Preprocess | None = None,
-    ):
-        super().__init__()
-        self.backbone, self.record = backbone, record
-        size = backbone.config.image_size if image_size is None else image_size
-        self.grid: tuple[int, ...] = backbone.config.model_copy(update={"image_size": size}).grid
-        self.preprocess = preprocess or Preprocess.at(size, backbone.config.channels)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-        return next(self.parameters()).device
-
-    def forward(self, images: Shaped[Tensor, "b c h w"]) -> Features:
-        return self.backbone(images)
-
-    def embedding(self, features: Features) -> Float[Tensor, "b d"]:
-        """The one vector that this family pools."""
-        return self.backbone.embedding(features)
-
-
-def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
-    """The same network with fresh weights, which depend on `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = FAMILIES[family_of(encoder.backbone)].network(encoder.backbone.config)
-    record = {"family": "untrained", "seed": seed}
-    return Encoder(fresh, record, encoder.preprocess.crop, encoder.preprocess).eval()
 
 
 def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, Any]) -> None:
@@ -175,7 +43,7 @@ def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, A
     config = {
         "format": FORMAT,
         family_of(backbone): backbone.config.model_dump(mode="json"),
-        "weights": {"blake3": _hash(new), "bytes": new.stat().st_size},
+        "weights": {"blake3": hash_of(new), "bytes": new.stat().st_size},
         "record": record,
     }
     (directory / f"{CONFIG}.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -219,7 +87,7 @@ def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
 
 def _load_published(place: Path, files: list[Path], config: dict[str, Any], image_size: int | None) -> Encoder:
     """The encoder of another project's tensors. Raises `SaccadeError`, before any network is there."""
-    tensors = {name: tensor for file in files for name, tensor in _tensors(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     found = published.recognise(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, _called(place, config)
     )
@@ -230,7 +98,7 @@ def _load_published(place: Path, files: list[Path], config: dict[str, Any], imag
     own = network.state_dict()
     tables = {name: own[name] for name, _ in network.named_buffers() if name in own}  # not in every naming: RoPE's
     _into(network, tables | ours, place)
-    record = _record(found, network, len(ours)) | {"hash": _hash(*files), "path": str(place.absolute())}
+    record = _record(found, network, len(ours)) | {"hash": hash_of(*files), "path": str(place.absolute())}
     if family.terms:
         _say(f"saccade: {family.name} weights: {family.licence}, {family.terms}; {family.licence_url}")
     size = network.config.image_size if image_size is None else image_size
@@ -376,7 +244,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *_PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"
@@ -422,77 +290,9 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, those in nested dictionaries by joined names. Raises `SaccadeError`."""
-    with path.open("rb") as file:
-        start = file.read(16)
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return _safe(path, start)
-    try:
-        # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\x03\x04")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError) as error:
-        raise _refused_pickle(path, f"{error}".strip()) from None
-    if not isinstance(content, Mapping):
-        raise SaccadeError(f"{path} holds a {type(content).__name__}, not tensors by name", path=path)
-    return _flat(content)
-
-
-def _flat(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Tensors by joined names. A container that stands in several places, or in itself, is looked at once."""
-    found: dict[str, Tensor] = {}
-    waiting: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
-    seen = {id(content)}
-    while waiting:
-        before, inside = waiting.pop()
-        for key, value in inside.items():
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                found[f"{before}{key}"] = value.detach()
-            elif isinstance(value, Mapping) and id(value) not in seen:
-                seen.add(id(value))
-                waiting.append((f"{before}{key}.", value))
-    return found
-
-
-def _refused_pickle(path: Path, reason: str) -> SaccadeError:
-    """Why torch's restricted reader stopped, in one line: the name of what is neither tensor nor plain container."""
-    words = reason.split()
-    named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("GLOBAL", "global")), None)
-    what = f"holds {named}, neither tensor nor plain container" if named else "the restricted reader cannot read"
-    return SaccadeError(
-        f"{path} is a pickle that {what}: nothing of it was run or loaded",
-        path=path,
-        hint="ask for safetensors, or for a file that holds the state dict alone",
-    )
-
-
-def _safe(path: Path, start: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises `SaccadeError` for a pickle of that name and for a damaged file."""
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
-        raise SaccadeError(
-            f"{path} is named safetensors but is a pickle, which can run code when it is opened: it was not",
-            path=path,
-            hint="ask for real safetensors; an official .pth is read under its own name",
-        )
-    header, size = int.from_bytes(start[:8], "little"), path.stat().st_size
-    if len(start) < 8 or header > min(_LARGEST_HEADER, size - 8):
-        raise SaccadeError(
-            f"{path} is no safetensors file: it has {size} bytes and says that its header has {header}",
-            path=path,
-            hint="copy it again",
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise SaccadeError(
-            f"{path} is no readable safetensors file: {' '.join(str(error).split())}", path=path, hint="copy it again"
-        ) from None
-
-
 def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """The tensors and the hash of a file. Raises `SaccadeError` for a damaged file."""
-    digest, hint = _hash(path), "copy it again, or take an older checkpoint of the run"
+    digest, hint = hash_of(path), "copy it again, or take an older checkpoint of the run"
     if expected.get("blake3") not in (None, digest):
         size = path.stat().st_size
         what = (
@@ -503,7 +303,7 @@ def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]
         raise SaccadeError(
             f"{path} is damaged or not the file that its {CONFIG} describes: {what}", path=path, hint=hint
         )
-    return _tensors(path), digest
+    return read_tensors(path), digest
 
 
 def _into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
@@ -527,9 +327,3 @@ def _into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
             hint="give the --arch and --image-size that it was trained with",
         )
     network.load_state_dict(tensors)
-
-
-def _hash(*files: Path) -> str:
-    """Of one file; of several, of their hashes."""
-    each = [blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest() for path in files]
-    return each[0] if len(each) == 1 else blake3("".join(each).encode()).hexdigest()

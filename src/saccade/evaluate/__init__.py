@@ -20,13 +20,14 @@ from torch import Tensor
 
 from saccade.data import Source
 from saccade.embed import device
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
 from saccade.evaluate import few_label, knn, linear
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
-from saccade.weights import Encoder, load
+from saccade.weights import load
 
 __all__ = ["evaluate"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.embed import examining, pooled, read_pictures
+from saccade.encoder import Encoder, untrained
 from saccade.evaluate.labelled import Labelled
 from saccade.vit import Features
-from saccade.weights import Encoder, untrained
 
 SMALL = 32
 """Side of the pictures that raw pixels are taken from; smaller encoders' pictures keep their size."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from saccade.data import Source
 from saccade.draws import Permutation
 from saccade.embed import examining, read_pictures
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import knn, linear
 from saccade.evaluate.labelled import SHARE, read_labelled
 from saccade.evaluate.splits import set_apart
-from saccade.weights import Encoder, Preprocess
 
 MEMORY = 1 << 28
 """Bytes of pictures that are kept decoded, at most."""

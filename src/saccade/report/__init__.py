@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saccade.data import Source
 from saccade.embed import examining
+from saccade.encoder import Encoder
 from saccade.model import build
 from saccade.recipe import Recipe, Training
 from saccade.report import pictures, sections, tours
@@ -22,7 +23,6 @@ from saccade.report.page import Page, Prose, Section, Table, sections_of, write_
 from saccade.report.pictures import glimpse
 from saccade.run import Run
 from saccade.search import Hit
-from saccade.weights import Encoder
 
 __all__ = ["Table", "shown_by", "write_run", "write_tour"]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from saccade.data import Batch, Sample, Source, collate, common_kind, kind_of
 from saccade.draws import Draws, Permutation
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import Unreadable
 from saccade.recipe import Recipe, Training
 from saccade.vit import Features, ViT
-from saccade.weights import Encoder, Preprocess
 
 EXAMPLES = 6
 LARGE, SMALL = 192, 128

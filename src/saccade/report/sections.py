@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade import recipe
 from saccade.data import Source
+from saccade.encoder import Encoder
 from saccade.report.charts import Chart, Line, chart, number
 from saccade.report.page import Cards, Charts, Facts, Prose, Section, Table, Verdict
 from saccade.report.pictures import (
@@ -31,7 +32,6 @@ from saccade.report.pictures import (
     visible,
 )
 from saccade.run import Run
-from saccade.weights import Encoder
 
 _POOL = 512
 """Pictures among which neighbours are looked for; half of them where pictures are large."""

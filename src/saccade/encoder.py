@@ -1,0 +1,141 @@
+"""What comes out of every checkpoint: an encoder, and the way its family prepares a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saccade.backbone import FAMILIES, Backbone, family_of
+from saccade.decode import decode, pixels_of
+from saccade.published import Prepared
+from saccade.sources.files import read
+from saccade.vit import Features
+
+_WHOLE_BELOW = 192
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A picture to what an encoder reads: short side to `resize` (antialiased), then the centre `crop`².
+
+    `square`: both sides to `crop` instead, whatever the aspect.
+    """
+
+    resize: int
+    crop: int
+    channels: int = 3
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    square: bool = False
+
+    @classmethod
+    def at(cls, size: int, channels: int = 3) -> Preprocess:
+        """The convention for a native size.
+
+        From 192 pixels up: the 256 / 224 of the published families, which leaves out a margin of photographs. Below,
+        the whole short side: small pictures (cells, icons, CIFAR) are framed tightly, and enlarging them to cut the
+        enlargement off again loses their border.
+        """
+        return cls(size if size < _WHOLE_BELOW else round(size * 256 / 224), size, channels)
+
+    @classmethod
+    def of(cls, facts: Prepared, size: int, channels: int = 3) -> Preprocess:
+        """As a published family does it, at any size."""
+        resize = size if facts.square else round(size * facts.resize / facts.crop)
+        return cls(resize, size, channels, facts.interpolation, facts.square)
+
+    @property
+    def canvas(self) -> int:
+        """Short side to which decoding may shrink a picture: twice what is needed, so that antialiasing stays ours."""
+        return 2 * self.resize
+
+    def __call__(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c s s"]:
+        """The picture as uint8, or as float in [0, 1] where it has more than 8 bits.
+
+        Takes a Pillow picture, a file, or pixels [C H W] (or [1 C H W], as a `Sample` has them). Raises `Unreadable`
+        for a file that cannot be decoded.
+        """
+        if isinstance(picture, str | Path):
+            pixels = decode(
+                read(str(picture), str(picture)), key=str(picture), short_side=self.canvas, channels=self.channels
+            )
+        elif isinstance(picture, Image.Image):
+            array = pixels_of(ImageOps.exif_transpose(picture), None, self.channels)
+            pixels = torch.from_numpy(array).permute(2, 0, 1)
+        else:
+            pixels = picture
+        pixels = pixels[0] if pixels.ndim == 4 else pixels
+        if pixels.dtype == torch.uint16:
+            pixels = pixels.to(torch.float32) / 65535
+        if self.square:
+            return _interpolated(pixels, [self.crop, self.crop], self.interpolation)
+        whole = _centre(pixels, 4 * min(pixels.shape[1:]))
+        return _centre(resized(whole, self.resize, self.interpolation), self.crop)
+
+
+def _centre(pixels: Shaped[Tensor, "c h w"], side: int) -> Shaped[Tensor, "c _ _"]:
+    """At most `side` pixels each way, from the middle."""
+    height, width = pixels.shape[1:]
+    top, left = max(0, height - side) // 2, max(0, width - side) // 2
+    return pixels[:, top : top + side, left : left + side]
+
+
+def resized(pixels: Shaped[Tensor, "c h w"], short: int, interpolation: str = "bicubic") -> Shaped[Tensor, "c _ _"]:
+    """The picture with this short side; the same memory where it has it already."""
+    height, width = pixels.shape[1:]
+    size = [max(short, round(side * short / min(height, width))) for side in (height, width)]
+    return pixels if min(height, width) == short else _interpolated(pixels, size, interpolation)
+
+
+def _interpolated(pixels: Shaped[Tensor, "c h w"], size: list[int], interpolation: str) -> Shaped[Tensor, "c _ _"]:
+    out = F.interpolate(pixels[None], size=size, mode=interpolation, antialias=True, align_corners=False)[0]
+    return out.clamp(0, 1) if pixels.is_floating_point() and pixels.amin() >= 0 and pixels.amax() <= 1 else out
+
+
+class Encoder(nn.Module):
+    """Pictures to `Features`: `Float[B C H W]` in [0, 1] or `UInt8[B C H W]`; normalisation happens inside.
+
+    `preprocess` turns any one picture into what goes in; `record` says where the weights come from: family, size, mean,
+    std, hash, licence, and which tensors matched, were missing or unexpected; `grid` how many patches there are along
+    each axis of what `preprocess` makes.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        record: dict[str, Any],
+        image_size: int | None = None,
+        preprocess: Preprocess | None = None,
+    ):
+        super().__init__()
+        self.backbone, self.record = backbone, record
+        size = backbone.config.image_size if image_size is None else image_size
+        self.grid: tuple[int, ...] = backbone.config.model_copy(update={"image_size": size}).grid
+        self.preprocess = preprocess or Preprocess.at(size, backbone.config.channels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return next(self.parameters()).device
+
+    def forward(self, images: Shaped[Tensor, "b c h w"]) -> Features:
+        return self.backbone(images)
+
+    def embedding(self, features: Features) -> Float[Tensor, "b d"]:
+        """The one vector that this family pools."""
+        return self.backbone.embedding(features)
+
+
+def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
+    """The same network with fresh weights, which depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = FAMILIES[family_of(encoder.backbone)].network(encoder.backbone.config)
+    record = {"family": "untrained", "seed": seed}
+    return Encoder(fresh, record, encoder.preprocess.crop, encoder.preprocess).eval()

@@ -1,0 +1,95 @@
+"""A file to its tensors. Nothing here runs what a file says: a pickle is read for tensors and plain containers."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+
+PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
+_LARGEST_HEADER = 100_000_000
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, those in nested dictionaries by joined names. Raises `SaccadeError`."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return _safe(path, start)
+    try:
+        # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\x03\x04")
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError) as error:
+        raise _refused_pickle(path, f"{error}".strip()) from None
+    if not isinstance(content, Mapping):
+        raise SaccadeError(f"{path} holds a {type(content).__name__}, not tensors by name", path=path)
+    return _flat(content)
+
+
+def _flat(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Tensors by joined names. A container that stands in several places, or in itself, is looked at once."""
+    found: dict[str, Tensor] = {}
+    waiting: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
+    seen = {id(content)}
+    while waiting:
+        before, inside = waiting.pop()
+        for key, value in inside.items():
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                found[f"{before}{key}"] = value.detach()
+            elif isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{before}{key}.", value))
+    return found
+
+
+def _refused_pickle(path: Path, reason: str) -> SaccadeError:
+    """Why torch's restricted reader stopped, in one line: the name of what is neither tensor nor plain container."""
+    words = reason.split()
+    named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("GLOBAL", "global")), None)
+    what = f"holds {named}, neither tensor nor plain container" if named else "the restricted reader cannot read"
+    return SaccadeError(
+        f"{path} is a pickle that {what}: nothing of it was run or loaded",
+        path=path,
+        hint="ask for safetensors, or for a file that holds the state dict alone",
+    )
+
+
+def _safe(path: Path, start: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises `SaccadeError` for a pickle of that name and for a damaged file."""
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+        raise SaccadeError(
+            f"{path} is named safetensors but is a pickle, which can run code when it is opened: it was not",
+            path=path,
+            hint="ask for real safetensors; an official .pth is read under its own name",
+        )
+    header, size = int.from_bytes(start[:8], "little"), path.stat().st_size
+    if len(start) < 8 or header > min(_LARGEST_HEADER, size - 8):
+        raise SaccadeError(
+            f"{path} is no safetensors file: it has {size} bytes and says that its header has {header}",
+            path=path,
+            hint="copy it again",
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise SaccadeError(
+            f"{path} is no readable safetensors file: {' '.join(str(error).split())}", path=path, hint="copy it again"
+        ) from None
+
+
+def hash_of(*files: Path) -> str:
+    """Of one file; of several, of their hashes."""
+    each = [blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest() for path in files]
+    return each[0] if len(each) == 1 else blake3("".join(each).encode()).hexdigest()
