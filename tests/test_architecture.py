@@ -182,7 +182,7 @@ def test_no_dead_knobs() -> None:
                 read.add(node.arg)
     declared = {
         f"{model.__name__}.{name}": name
-        for model in (settings.Training, *(verb.arguments for verb in cli.VERBS.values()))
+        for model in (settings.Training, settings.MaskedDistillation, *(verb.arguments for verb in cli.VERBS.values()))
         for name in model.model_fields
     }
     assert not [knob for knob, name in declared.items() if name not in read]

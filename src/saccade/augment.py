@@ -39,8 +39,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from saccade.draws import Stream
+from saccade.data import Batch
+from saccade.draws import Draws, Stream
 from saccade.errors import SaccadeError
+from saccade.settings import MultiCrop
 
 Interpolation = Literal["bicubic", "bilinear"]
 Colour = Literal["steps", "matrix"]
@@ -211,6 +213,34 @@ def _uniform(stream: Stream, views: Views, n: int) -> Float[Tensor, "v n"]:
 
 
 @torch.no_grad()
+def multi_crop(
+    config: MultiCrop, batch: Batch, draws: Draws, *, blurred: tuple[float, float, float], plain: int | None = None
+) -> Batch:
+    """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
+
+    `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
+    large crops in this size and in their own colours, as `plain` [2B C P P]. Every first axis is view-major.
+    """
+    size, few = batch["size"], config.local_crops
+    large = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=2)
+    small = random_resized_crop(draws.sample("locals"), size, scale=config.local_scale, count=max(1, few))
+    seen = flip(concatenate([large, small]), draws.sample("flip"), config.flip)
+    made = {} if plain is None else {"plain": render(batch["pixels"], seen[: 2 * len(size)], plain)}
+    largest = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
+    change = {name: config.colour * value for name, value in largest.items()}
+    seen = jitter(seen, draws.sample("jitter"), **change, probability=0.8)
+    seen = grey(seen, draws.sample("grey"), config.grey)
+    first, second, small = seen[: len(size)], seen[len(size) : 2 * len(size)], seen[2 * len(size) :]
+    first = blur(first, draws.sample("blur 1"), probability=blurred[0] * config.blur)
+    second = blur(second, draws.sample("blur 2"), probability=blurred[1] * config.blur)
+    second = solarise(second, draws.sample("solarise"), probability=config.solarise)
+    made["globals"] = render(batch["pixels"], concatenate([first, second]), config.image_size)
+    if few:
+        small = blur(small, draws.sample("blur"), probability=blurred[2] * config.blur)
+        made["locals"] = render(batch["pixels"], small, config.local_size)
+    return made | {"drop": draws.step("drop").bits(2 + few).T.flatten().to(batch["pixels"].device)}
+
+
 def render(
     pixels: Shaped[Tensor, "b *t c h w"],
     views: Views,

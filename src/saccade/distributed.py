@@ -120,6 +120,19 @@ def mean(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def total(tensor: Tensor) -> Tensor:
+    """The sum over ranks of what each of them has, without gradient; alone, what it has."""
+    return mean(tensor) * world()
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest over ranks of what each of them has, without gradient; alone, what it has."""
+    found = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
+
+
 class _Gather(torch.autograd.Function):
     """Every rank's rows; backward sums over ranks what their losses ask of each row."""
 
@@ -147,9 +160,19 @@ def gather(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "n ..."]:
     return _Gather.apply(rows)
 
 
+def rank() -> int:
+    """Which rank this is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def first_row(rows: Shaped[Tensor, "b ..."]) -> int:
     """Where this rank's rows begin among those of all ranks."""
-    return len(rows) * dist.get_rank() if dist.is_initialized() else 0
+    return len(rows) * rank()
 
 
 @contextlib.contextmanager

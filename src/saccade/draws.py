@@ -107,6 +107,13 @@ class Draws:
         base = _mix(_mix(_mix(2 * self._seed + 2) + hash64(name)) + self._step)
         return Stream(_mix_tensor(self._places * _signed(_GOLDEN) + _signed(base)), base)
 
+    def strata(self, name: str, batch: int, views: int) -> Float[Tensor, " v"]:
+        """Numbers in [0, 1) for each view, view-major: over all views of a global batch one in each of equal parts."""
+        stream, total = self.step(name), views * batch
+        place = torch.argsort(torch.argsort(stream.shared(total), stable=True))
+        mine = place[torch.arange(views, device=place.device)[:, None] * batch + self._places]
+        return ((mine.double() + stream.uniform(views).T) / total).flatten()
+
 
 class Permutation:
     """A keyed permutation of range(n) in O(1) memory: `permutation(i)` for one i."""

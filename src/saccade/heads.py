@@ -5,12 +5,14 @@ The loss stands beside its head so that DINO is followed from disk to loss in se
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade import vit
+from saccade import distributed, losses, vit
 from saccade.linear import Linear, linear
 from saccade.norm import BatchNorm
 
@@ -18,19 +20,31 @@ from saccade.norm import BatchNorm
 class DINOHead(nn.Module):
     """How near an embedding is to each of K prototypes, as cosines (arXiv 2104.14294, appendix C).
 
-    Three linear layers with GELU between them end in a narrow bottleneck. It and every prototype are scaled to length
-    1: the reference's weight norm with its gain held at 1. `norm`: batch norm before each GELU. It takes away what all
-    pictures have in common, which in a short run nothing else does.
+    Three linear layers with GELU between them end in a narrow bottleneck, which is scaled to length 1. `lengths` are
+    the prototypes': `one` (DINO, iBOT: weight norm with its gain held at 1), `learned` (DINOv2: a gain each) or `free`
+    (DINOv3: no weight norm). `norm`: batch norm before each GELU. It takes away what all pictures have in common, which
+    in a short run nothing else does.
     """
 
-    def __init__(self, width: int, prototypes: int, *, hidden: int = 2048, bottleneck: int = 256, norm: bool = False):
+    def __init__(
+        self,
+        width: int,
+        prototypes: int,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        norm: bool = False,
+        lengths: Literal["one", "learned", "free"] = "one",
+    ):
         super().__init__()
+        self.lengths = lengths
         self.mlp = nn.Sequential()
         for wide in (width, hidden):
             between = [BatchNorm(hidden), nn.GELU()] if norm else [nn.GELU()]
             self.mlp.extend([Linear(wide, hidden), *between])
         self.mlp.append(Linear(hidden, bottleneck))
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
+        self.gain = nn.Parameter(torch.empty(prototypes)) if lengths == "learned" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -39,21 +53,89 @@ class DINOHead(nn.Module):
         for part in self.mlp:
             if isinstance(part, BatchNorm):
                 part.reset_parameters()
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
-        """Cosines, so in [-1, 1]: a temperature makes logits of them."""
+        """Products with each prototype (cosines where its length is one): a temperature makes logits of them."""
+        return self.score(self.bottleneck(x))
+
+    def bottleneck(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """What is compared with the prototypes, of length 1."""
+        return F.normalize(self.mlp(x), dim=-1)
+
+    def score(self, x: Float[Tensor, "b e"]) -> Float[Tensor, "b k"]:
+        """Products of bottlenecks with each prototype; linear, so the mean's score is the scores' mean."""
         weight = self.last_layer.weight
-        products = linear(F.normalize(self.mlp(x), dim=-1), weight, None)
-        return products / torch.linalg.vector_norm(weight, dim=-1)  # cheaper than K prototypes divided by their lengths
+        products = linear(x, weight, None)
+        if self.lengths == "free":
+            return products
+        products = products / torch.linalg.vector_norm(weight, dim=-1)  # cheaper than K prototypes by their lengths
+        return products if self.gain is None else products * self.gain
+
+
+class Assignment(nn.Module):
+    """A teacher's answers, evened out so that the samples together use many prototypes.
+
+    `centre`: the mean logits of former steps are taken out (DINO); `sinkhorn`: every prototype gets its share within
+    the batch (SwAV, DINOv2's giant, DINOv3). Few samples cannot share many prototypes: `queue` bottlenecks of former
+    steps, scored anew, stand beside them. While the queue fills, its rest are zeros, which are alike to all prototypes.
+    """
+
+    def __init__(
+        self, kind: Literal["centre", "sinkhorn"], prototypes: int, bottleneck: int, *, momentum: float, queue: int = 0
+    ):
+        super().__init__()
+        self.kind, self.momentum, self.queue = kind, momentum, queue
+        self._fresh: list[Tensor] = []
+        if kind == "centre":
+            self.register_buffer("centre", torch.zeros(prototypes))
+            self.register_buffer("sums", torch.zeros(prototypes), persistent=False)
+            self.register_buffer("count", torch.zeros(()), persistent=False)
+        elif queue:
+            self.register_buffer("past", torch.zeros(queue, bottleneck))
+
+    @torch.no_grad()
+    def forward(
+        self, head: DINOHead, bottlenecks: Float[Tensor, "b e"], temperature: Float[Tensor, ""]
+    ) -> Float[Tensor, "b k"]:
+        """Probabilities, of what the teacher's head has made so far."""
+        logits = head.score(bottlenecks)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.kind == "sinkhorn":
+            if not self.queue:
+                return losses.sinkhorn_knopp(logits, temperature)
+            self._fresh.append(bottlenecks)
+            return losses.sinkhorn_knopp(logits, temperature, head.score(self.past).to(logits.dtype))
+        self.sums += logits.sum(0)
+        self.count += len(logits)
+        return ((logits - self.centre) / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The centre follows the mean logits of this step; the queue takes its bottlenecks in."""
+        if self.kind == "centre":
+            mean = distributed.total(self.sums) / distributed.total(self.count).clamp(min=1)
+            self.centre.lerp_(mean, 1 - self.momentum)
+            self.sums.zero_()
+            self.count.zero_()
+        elif self.queue:
+            fresh = distributed.gather(torch.cat(self._fresh)).to(self.past.dtype)
+            self.past.copy_(torch.cat([fresh, self.past])[: self.queue])
+            self._fresh.clear()
 
 
 def cross_view(
-    student: Float[Tensor, "v b k"], teacher: Float[Tensor, "u b k"], temperature: float
+    student: Float[Tensor, "v b k"],
+    teacher: Float[Tensor, "u b k"],
+    temperature: float,
+    local_weight: float | Float[Tensor, ""] = 1.0,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of a student's views to a teacher's, over all pairs but those of one view (DINO, arXiv 2104.14294).
 
     `student` are logits before the temperature, `teacher` probabilities of its first U <= V views; the mean is over
-    samples and the U V - U pairs. Raises `ValueError` where no pair is left.
+    samples and the U V - U pairs, of which those of views that no teacher sees count `local_weight` (DINOv3). Raises
+    `ValueError` where no pair is left.
     A pair's loss is logsumexp(s) - q.s, and the sums over pairs go inside: no pair is ever formed.
     """
     views, samples, _ = student.shape
@@ -61,10 +143,10 @@ def cross_view(
     if not 0 < seen <= views or views == 1:
         raise ValueError(f"{views} views of a student and {seen} of a teacher make no pair")
     student = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
-    partners = torch.full((views, 1), seen, device=student.device)
-    partners[:seen] -= 1
-    spread = (student.logsumexp(-1) * partners).sum()
-    agreement = (teacher.sum(0) * student.sum(0)).sum() - (teacher * student[:seen]).sum()
+    spread = student.logsumexp(-1)
+    spread = (seen - 1) * spread[:seen].sum() + seen * local_weight * spread[seen:].sum()
+    both = student[:seen].sum(0) + local_weight * student[seen:].sum(0)
+    agreement = (teacher.sum(0) * both).sum() - (teacher * student[:seen]).sum()
     return (spread - agreement) / (samples * seen * (views - 1))
 
 

@@ -118,7 +118,7 @@ class Monitor:
 
     def add(self, entry: dict[str, Any]) -> bool:
         """Takes in a line; whether the verdict is another than before."""
-        entry = {**entry, **entry.get("health", {})}
+        entry = {**entry, "loss": entry.get("cls_loss", entry["loss"]), **entry.get("health", {})}
         self._figures |= entry
         self._first = {**entry, **self._first}
         self._recent.append(entry)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saccade import distributed
+from saccade.errors import SaccadeError
 
 
 def info_nce(pairs: Float[Tensor, "b 2 d"], temperature: float) -> Float[Tensor, ""]:
@@ -23,3 +24,80 @@ def info_nce(pairs: Float[Tensor, "b 2 d"], temperature: float) -> Float[Tensor,
         logits = views.flatten(0, 1) / temperature @ everyone.T  # [2b 2n]
         logits.diagonal(2 * distributed.first_row(pairs)).fill_(-torch.inf)  # nobody is its own partner
         return logits.logsumexp(1).mean() - partners.mean()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Float[Tensor, "b k"],
+    temperature: float | Float[Tensor, ""],
+    past: Float[Tensor, "q k"] | None = None,
+    iterations: int = 3,
+) -> Float[Tensor, "b k"]:
+    """Probabilities in which all samples of all ranks together use every prototype alike (SwAV, arXiv 2006.09882).
+
+    Rows and columns of exp(logits / temperature) are scaled in turn; the last turn makes each sample's sum 1. `past`
+    are logits of former batches, the same on every rank: with them a small batch is judged among many samples.
+    In float32 at least. The largest logit is taken out first, which changes nothing and keeps exp from overflowing.
+    """
+    rows = logits if past is None else torch.cat([logits, past[distributed.rank() :: distributed.world()]])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
+    share = (rows - distributed.largest(rows.max() if len(rows) else rows.new_tensor(-torch.inf))).exp()
+    count = distributed.total(share.new_tensor(float(len(share))))
+    least = torch.finfo(share.dtype).tiny
+    for _ in range(iterations):
+        share = share / distributed.total(share.sum(0)).clamp(min=least) / share.shape[1]
+        share = share / share.sum(1, keepdim=True).clamp(min=least) / count
+    return share[: len(logits)] * count
+
+
+def hidden_patches(
+    student: Float[Tensor, "m k"], teacher: Float[Tensor, "m k"], hide: Bool[Tensor, "b n"], temperature: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy of hidden patches' prototypes to the teacher's in the same view (iBOT, arXiv 2111.07832).
+
+    `student` are logits before the temperature and `teacher` probabilities of the M patches that `hide` shows, in its
+    order. A picture's patches count together as one picture, and the mean is over all B: pictures of which nothing is
+    hidden count as zero, as in the released code.
+    """
+    student = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
+    each = student.logsumexp(-1) - (teacher * student).sum(-1)
+    return (each / hide.sum(1)[hide.nonzero()[:, 0]]).sum() / len(hide)
+
+
+def check_groups(rows: int, group: int) -> None:
+    """Raises `SaccadeError` where this rank's micro-batches of so many samples do not divide into KoLeo's groups."""
+    if rows % group:
+        raise SaccadeError(
+            f"KoLeo looks for neighbours in groups of {group}, which do not divide micro-batches of {rows}",
+            path="--koleo-group",
+            hint=f"use a part of {rows}, or fewer --accumulate",
+        )
+
+
+def koleo(x: Float[Tensor, "b d"], group: int, eps: float = 1e-8) -> Float[Tensor, ""]:
+    """Mean -log distance on the unit sphere to the nearest neighbour in one's group of rows (arXiv 1806.03198).
+
+    Groups are of `group` rows in order, so that no rank and no accumulation changes them. In float32 at least, also
+    under autocast. Raises `ValueError` where the rows do not divide.
+    """
+    if len(x) % group or group < 2:
+        raise ValueError(f"{len(x)} rows do not make groups of {group}")
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=eps).unflatten(0, (-1, group))
+        with torch.no_grad():
+            alike = x @ x.transpose(1, 2)
+            alike.diagonal(dim1=1, dim2=2).fill_(-1)
+            nearest = alike.argmax(2, keepdim=True).expand_as(x)
+        apart = F.pairwise_distance(x.flatten(0, 1), x.gather(1, nearest).flatten(0, 1), eps=eps)
+        return -(apart + eps).log().mean()
+
+
+def gram(student: Float[Tensor, "b n d"], teacher: Float[Tensor, "b n d"]) -> Float[Tensor, ""]:
+    """Mean squared difference of the cosines between all patches of a picture (DINOv3, arXiv 2508.10104).
+
+    In float32 at least, also under autocast.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        pair = [F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, teacher)]
+        ours, theirs = (x @ x.transpose(1, 2) for x in pair)
+        return F.mse_loss(ours, theirs)

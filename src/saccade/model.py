@@ -52,8 +52,7 @@ class Model:
         self.wrapped = distributed.wrap(self.method, ranks, arguments.sharding, backbones.UNITS)
         self.precision = precision_of(arguments.precision, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
-        lr = config.lr * config.batch / 256
-        self.optimizer = AdamW(self._groups(0.0), lr, (config.beta1, config.beta2), config.clip)
+        self.optimizer = AdamW(self._groups(0.0), config.peak(), (config.beta1, config.beta2), config.clip)
 
     def _groups(self, t: float) -> list[Group]:
         groups = self.method.groups(t)

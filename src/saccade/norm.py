@@ -50,23 +50,31 @@ class BatchNorm(nn.Module):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
             )
-        mean, variance = _gathered_statistics(x.detach(), self.running_mean.dtype)
-        count = x.numel() // self.width * dist.get_world_size()
+        mean, variance, count = _gathered_statistics(x.detach(), self.running_mean.dtype)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return _Normalise.apply(x, mean, variance, self.weight, self.bias, self.eps)
+        return _Normalise.apply(x, mean, variance, count, self.weight, self.bias, self.eps)
 
 
-def _gathered_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of each channel over all ranks; the same bits on each of them."""
-    # it would also update running statistics; given some, it computes in their precision
-    unused = x.new_empty(2, x.shape[1], dtype=dtype).zero_()
-    own = torch.stack(torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0))  # [2 C]
+def _gathered_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and (biased) variance of each channel over all ranks, the same bits on each, and how many values there are.
+
+    Ranks may have different numbers of rows, also none: hidden patches differ from rank to rank.
+    """
+    count = x.numel() // x.shape[1]
+    own = x.new_zeros(3, x.shape[1], dtype=dtype)
+    if count:
+        # it would also update running statistics; given some, it computes in their precision
+        unused = torch.zeros_like(own)
+        own[:2] = torch.stack(torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0))
+    own[2] = count
     parts = own.new_empty(dist.get_world_size(), *own.shape)
     dist.all_gather(list(parts), own)
-    means, variances = parts.unbind(1)
-    spread, mean = torch.var_mean(means, 0, correction=0)
-    return mean, variances.mean(0) + spread
+    means, variances, counts = parts.unbind(1)
+    total = counts.sum(0)
+    share = counts / total
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0), total
 
 
 class _Normalise(torch.autograd.Function):
@@ -78,15 +86,22 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, mean, variance, weight)
+        ctx.save_for_backward(x, mean, variance, count, weight)
         ctx.eps = eps
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, variance, weight = ctx.saved_tensors
+        x, mean, variance, count, weight = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             gradient, x, scale, mean, variance, None, None, False, ctx.eps, [ctx.needs_input_grad[0], True, True]
@@ -94,8 +109,8 @@ class _Normalise(torch.autograd.Function):
         if dx is not None:
             sums = torch.stack([dweight, dbias])
             dist.all_reduce(sums)
-            factor = -scale * (variance + ctx.eps).rsqrt() / (x.numel() // len(mean) * dist.get_world_size())
+            factor = -scale * (variance + ctx.eps).rsqrt() / count
             dx += F.batch_norm(x, mean, variance, factor * sums[0], factor * sums[1], False, 0.0, ctx.eps)
         if weight is None:
             dweight = dbias = None
-        return dx, None, None, dweight, dbias, None
+        return dx, None, None, None, dweight, dbias, None

@@ -7,11 +7,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from saccade.settings import SelfDistillation
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,32 @@ def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, l
         scale = scales[inside[id(parameter)]] if id(parameter) in inside else 1.0
         grouped[scale, decay][name] = parameter
     return [Group(parameters, scale, decay) for (scale, decay), parameters in grouped.items()]
+
+
+def student_groups(
+    student: nn.ModuleDict,
+    t: float,
+    config: SelfDistillation,
+    *,
+    clip: Literal["tensor", "part"],
+    patch_embed: float = 1.0,
+) -> list[Group]:
+    """Of a `backbone` and its heads: decay rises along a cosine, and prototypes stand still at first.
+
+    Clipped is each tensor by itself (DINO) or each part of the student (DINOv2). `patch_embed` scales the learning rate
+    of the patch embedding.
+    """
+    decay = float(cosine(torch.tensor(t, dtype=torch.float64), config.weight_decay, config.weight_decay_end))
+    grouped: dict[tuple[Any, ...], dict[str, nn.Parameter]] = defaultdict(dict)
+    for group in default_groups(student, student["backbone"], 1.0, config.layer_decay):
+        for name, parameter in group.parameters.items():
+            rate = group.lr_scale * (patch_embed if ".patch_embed." in name else 1.0)
+            together = name.partition(".")[0] if clip == "part" else None
+            grouped[rate, group.weight_decay, together, ".last_layer." in f".{name}"][f"student.{name}"] = parameter
+    return [
+        Group(parameters, rate, decay * decays, together, still and t < config.freeze)
+        for (rate, decays, together, still), parameters in grouped.items()
+    ]
 
 
 class AdamW:

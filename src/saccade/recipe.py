@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
 from saccade.optim import Group
-from saccade.settings import LENGTHS, Training, checked, flag
+from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, Training, checked, flag
 
-__all__ = ["Coupled", "Group", "Method", "Recipe", "Training", "configure", "find", "names"]
+__all__ = [
+    "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "Training",
+    "configure", "find", "names",
+]  # fmt: skip
 
 
 class Method(nn.Module, ABC):
@@ -49,7 +52,10 @@ class Method(nn.Module, ABC):
         return None
 
     def chance(self) -> float | None:
-        """The loss of a method that tells nothing apart, such as ln K over K prototypes; None where there is none."""
+        """The loss of a method that tells nothing apart, such as ln K over K prototypes; None where there is none.
+
+        Where a loss has several parts, that of the part which `forward` logs as `cls_loss`.
+        """
         return None
 
     def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -45,6 +46,10 @@ class Training(Settings):
     clip: float | None = Field(None, gt=0, description="largest gradient norm of a clip group")
     seed: int = Field(0, ge=0, description="every random number follows from it")
 
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return self.lr * self.batch / 256
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None
@@ -52,6 +57,54 @@ class Training(Settings):
     def backbone(self) -> dict[str, Any]:
         """Switches of the ViT that this recipe wants different from the default."""
         return {}
+
+
+class MultiCrop(Training):
+    """What methods share that look at large and small crops (arXiv 2006.09882); `augment.multi_crop` makes them."""
+
+    global_scale: tuple[float, float] = Field((0.4, 1.0), description="area of a large crop, as parts of the picture")
+    local_scale: tuple[float, float] = Field((0.05, 0.4), description="area of a small crop")
+    local_crops: int = Field(8, ge=0, description="small crops, which only the student sees")
+    local_size: int = Field(96, ge=1, description="side of a small crop in pixels")
+    flip: float = Field(0.5, ge=0, le=1, description="how often a view is mirrored; 0 where that is another thing")
+    colour: float = Field(1.0, ge=0, description="strength of the colour jitter")
+    grey: float = Field(0.2, ge=0, le=1, description="how often a view loses its colour")
+    blur: float = Field(1.0, ge=0, le=1, description="how often views are blurred, as a part of the method's rates")
+    solarise: float = Field(0.2, ge=0, le=1, description="how often the second large crop is solarised")
+
+    def canvas(self) -> int:
+        """The smallest crop of a square picture still has a pixel for each of its own."""
+        small = self.local_size / math.sqrt(self.local_scale[0]) if self.local_crops else 0
+        return math.ceil(max(self.image_size / math.sqrt(self.global_scale[0]), small))
+
+
+class SelfDistillation(MultiCrop):
+    """What methods share whose student learns the prototypes that its own slow average sees (DINO and after)."""
+
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end; not scaled")
+    weight_decay: float = Field(0.04, ge=0, description="AdamW's decay at the start, on matrices only")
+    weight_decay_end: float = Field(0.4, ge=0, description="AdamW's decay at the end")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    clip: float | None = Field(3.0, gt=0, description="largest gradient norm of a clip group")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="how often a residual branch of the student is left out")
+    prototypes: int = Field(65536, ge=2, description="width of a head's output")
+    hidden: int = Field(2048, ge=1, description="width inside a head")
+    head_norm: bool = Field(False, description="batch norm inside a head: for short runs")
+    student_temperature: float = Field(0.1, gt=0, description="of the student's softmax")
+    teacher_temperature: float = Field(0.07, gt=0, description="of the teacher's softmax; lower is sharper")
+    first_temperature: float = Field(0.04, gt=0, description="of the teacher's softmax at the start")
+    temperature_warmup: float = Field(0.3, gt=0, le=1, description="part of training between these two")
+    momentum: float = Field(0.996, ge=0, le=1, description="what the teacher keeps a step at the start; 1 at the end")
+    centre_momentum: float = Field(0.9, ge=0, lt=1, description="what the centre of the teacher's logits keeps a step")
+    freeze: float = Field(0.01, ge=0, le=1, description="part of training in which the prototypes stand still")
+
+
+class MaskedDistillation(SelfDistillation):
+    """What they share that hide patches of the large crops from the student (iBOT and after)."""
+
+    masked: float = Field(0.5, ge=0, le=1, description="part of the large crops of which patches are hidden")
+    mask_ratio: tuple[float, float] = Field((0.1, 0.5), description="least and most that is hidden of such a crop")
+    patch_weight: float = Field(1.0, ge=0, description="weight of the patches' loss beside the class token's")
 
 
 _WORD = "stands without a flag"

@@ -12,17 +12,22 @@ RECIPES = str(Path(__file__).parent / "recipes")
 
 SOURCES: dict[str, type[Toy]] = {"bands": Bands, "clips": Clips, "texts": Texts}
 
+_DISTILLED: dict[str, Any] = {
+    "local_crops": 2,
+    "local_size": 16,
+    "prototypes": 256,
+    "hidden": 48,
+    "colour": 0.5,
+    "head_norm": True,
+    "first_temperature": 0.02,
+    "teacher_temperature": 0.02,
+}
+
 _SMALL: dict[str, dict[str, Any]] = {
-    "dino": {
-        "local_crops": 2,
-        "local_size": 16,
-        "prototypes": 256,
-        "hidden": 48,
-        "colour": 0.5,
-        "head_norm": True,
-        "first_temperature": 0.02,
-        "teacher_temperature": 0.02,
-    },
+    "dino": _DISTILLED,
+    "ibot": _DISTILLED,
+    "dinov2": _DISTILLED
+    | {"lr": 0.002, "koleo_group": 4, "separate_heads": True, "assignment": "sinkhorn", "queue": 32},
     "mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3},
     # with easy views: batches of 8 to 32 leave little to tell a picture by; lr as on a convnet, below
     "simclr": {
