@@ -28,6 +28,7 @@ class Config(recipe.MaskedDistillation):
     patch_embed_rate: float = Field(0.2, ge=0, le=1, description="the patch embedding's learning rate, as a part")
     clip: float | None = Field(3.0, gt=0, description="largest gradient norm of the backbone and of each head")
     drop_path: float = Field(0.3, ge=0, lt=1, description="how often each of the student's blocks is left out")
+    layer_scale: float = Field(1e-5, gt=0, description="factor of the residual branches at the start")
     registers: int = Field(0, ge=0, description="register tokens; 4 in the models that have them")
     global_scale: tuple[float, float] = Field((0.32, 1.0), description="area of a large crop, as parts of the picture")
     local_scale: tuple[float, float] = Field((0.05, 0.32), description="area of a small crop")
@@ -49,13 +50,13 @@ class Config(recipe.MaskedDistillation):
         """Layer scale, a mask token, and the positions' rule of the released models."""
         smooth = self.registers > 0
         table = {"position_offset": 0.0 if smooth else 0.1, "position_antialias": smooth}
-        return {"layer_scale": 1e-5, "mask_token": True, "registers": self.registers, **table}
+        return {"layer_scale": self.layer_scale, "mask_token": True, "registers": self.registers, **table}
 
 
 def small_machine() -> Config:
     """A few CPU cores: a tiny encoder, few small crops, narrow heads with batch norm, a sharp teacher."""
     size = {"arch": "vit-ti/8", "image_size": 48, "local_size": 24, "local_crops": 2, "batch": 64, "drop_path": 0.0}
-    head = {"prototypes": 1024, "hidden": 512, "head_norm": True, "layer_decay": 1.0, "lr": 2e-3}
+    head = {"prototypes": 1024, "hidden": 512, "head_norm": True, "layer_decay": 1.0, "lr": 2e-3, "layer_scale": 0.1}
     return Config(**size, **head, first_temperature=0.02, teacher_temperature=0.02, colour=0.5, blur=0.0)
 
 
