@@ -27,7 +27,14 @@ _SMALL: dict[str, dict[str, Any]] = {
     "dino": _DISTILLED,
     "ibot": _DISTILLED,
     "dinov2": _DISTILLED
-    | {"lr": 0.002, "koleo_group": 4, "separate_heads": True, "assignment": "sinkhorn", "queue": 32},
+    | {
+        "lr": 0.001,
+        "layer_scale": 0.5,
+        "koleo_group": 4,
+        "separate_heads": True,
+        "assignment": "sinkhorn",
+        "queue": 32,
+    },
     "mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3},
     # with easy views: batches of 8 to 32 leave little to tell a picture by; lr as on a convnet, below
     "simclr": {
