@@ -197,7 +197,9 @@ class Convnet(nn.Module, ABC):
         """Features of pictures of any size that leaves a cell. `drop`: factors of each sample's residual branches."""
         if images.shape[1] != self.config.channels:
             raise SaccadeError(
-                f"this backbone reads {self.config.channels} channels, not {images.shape[1]}", path="--channels"
+                f"this backbone reads {self.config.channels} channels, not {images.shape[1]}",
+                path="--channels",
+                hint=f"--channels {images.shape[1]} makes it read them",
             )
         grid = self.config.grid_of(*images.shape[2:])
         # quicker on CPUs (docs/decisions/007-backbones.md), and what tensor cores read; convolutions keep the layout

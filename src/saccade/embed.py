@@ -146,6 +146,8 @@ def embed(
     out: str | Path,
     tokens: Sequence[str] | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    patch: int | None = None,
     workers: int = 0,
     batch: int = 64,
 ) -> Index:
@@ -155,7 +157,10 @@ def embed(
     class token, if not given. The command goes on where it was stopped, and refuses to
     with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
-    encoder = backbone if isinstance(backbone, Encoder) else load(backbone, image_size=image_size).to(device())
+    if not isinstance(backbone, Encoder):
+        encoder = load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
+    else:
+        encoder = backbone
     if tokens is None:
         tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
     _check_tokens(encoder, tokens)
@@ -186,13 +191,12 @@ def _asked(
     encoder: Encoder, backbone: Any, data: Any, source: Source, tokens: Sequence[str], batch: int, place: Path
 ) -> dict[str, Any]:
     """What an index is made of. Everything but the command must stay the same for it to go on."""
-    path = encoder.record.get("path")
     several = [data] if isinstance(data, str | Path | Source) else list(data)
     names = ["DATA" if isinstance(item, Source) else str(item) for item in several]
     words = ["saccade", "embed", "BACKBONE" if isinstance(backbone, Encoder) else str(backbone), *names]
     return {
         "format": FORMAT,
-        "backbone": {"path": path, "hash": encoder.record.get("hash"), "family": encoder.record.get("family")},
+        "backbone": {name: encoder.record.get(name) for name in ("path", "hash", "family", "asked")},
         "data": fingerprint(source)["fingerprint"],
         "samples": len(source),
         "tokens": list(dict.fromkeys(tokens)),
@@ -211,7 +215,10 @@ def _begin(place: Path, asked: dict[str, Any]) -> dict[str, Any]:
             ("backbone", "another backbone"), ("data", "other data"), ("tokens", "other tokens"),
             ("image_size", "another image size"), ("batch", "another batch"),
         ):  # fmt: skip
-            before, now = (part[name]["hash"] if name == "backbone" else part[name] for part in (state, asked))
+            before, now = (
+                [part[name].get(key) for key in ("hash", "asked")] if name == "backbone" else part[name]
+                for part in (state, asked)
+            )
             if before != now:
                 hint = f"name another --out, or go on with: {state['command']}"
                 values = "" if name in ("backbone", "data") else f": {before}, not {now}"

@@ -43,6 +43,8 @@ def evaluate(
     labels: Sequence[int] = few_label.COUNTS,
     group_by: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    patch: int | None = None,
     seed: int = 0,
     workers: int = 0,
     baselines: bool = True,
@@ -60,7 +62,10 @@ def evaluate(
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     started = time.perf_counter()
-    encoder = backbone if isinstance(backbone, Encoder) else load(backbone, image_size=image_size).to(device())
+    if not isinstance(backbone, Encoder):
+        encoder = load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
+    else:
+        encoder = backbone
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)
     extracted = extract(encoder, data, baselines=baselines, seed=seed, workers=workers)
     read = time.perf_counter() - started
