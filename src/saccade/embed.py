@@ -139,6 +139,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def encoder_of(backbone: str | Path | Encoder, **where: int | None) -> Encoder:
+    """The encoder that a name stands for, on the device, with `image_size`, `channels` and `patch` as they are asked.
+
+    Raises `SaccadeError` where one that is loaded already should be another.
+    """
+    if not isinstance(backbone, Encoder):
+        return load(backbone, **where).to(device())
+    if asked := {name: value for name, value in where.items() if value is not None}:
+        name, value = next(iter(asked.items()))
+        raise SaccadeError(
+            f"this encoder is loaded already, and {name} belongs to that", path=name, hint=f"load(…, {name}={value})"
+        )
+    return backbone
+
+
 def embed(
     backbone: str | Path | Encoder,
     data: str | Path | Source | Sequence[str | Path | Source],
@@ -157,10 +172,7 @@ def embed(
     class token, if not given. The command goes on where it was stopped, and refuses to
     with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
-    if not isinstance(backbone, Encoder):
-        encoder = load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
-    else:
-        encoder = backbone
+    encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     if tokens is None:
         tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
     _check_tokens(encoder, tokens)

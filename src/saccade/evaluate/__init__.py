@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.data import Source
-from saccade.embed import device
+from saccade.embed import device, encoder_of
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
 from saccade.evaluate import few_label, knn, linear
@@ -27,7 +27,6 @@ from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
-from saccade.weights import load
 
 __all__ = ["evaluate"]
 
@@ -62,10 +61,7 @@ def evaluate(
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     started = time.perf_counter()
-    if not isinstance(backbone, Encoder):
-        encoder = load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
-    else:
-        encoder = backbone
+    encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)
     extracted = extract(encoder, data, baselines=baselines, seed=seed, workers=workers)
     read = time.perf_counter() - started
