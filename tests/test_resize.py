@@ -277,6 +277,7 @@ RULES: dict[str, dict[str, Any]] = {
     "ibot": {"offset": 0.1},
     "dinov2": {"offset": 0.1},
     "dinov2-registers": {"antialias": True},
+    "timm-vit": {"antialias": True},
     **{name: {} for name in ("clip", "siglip", "mae", "ijepa", "mocov3")},
 }
 """How each family's authors (or, where they have no way, transformers) resize a learned table: recipes.md C10."""
@@ -285,11 +286,12 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("grid", [(3, 3), (5, 9), (11, 4), (12, 12)], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_tables_of_every_family_at_any_size(name: str, grid: tuple[int, int]) -> None:
-    family = published.families()[name.partition("-")[0]]
+    family = published.families()[name.removesuffix("-registers")]
     switches = dict(family.switches) | {"pooling": "mean"}
     if family.read is not None:
-        shapes = {"register_tokens": (1, 4, 32)} if name.endswith("registers") else {}
-        switches |= family.read(shapes, {})
+        tensors = {"pos_embed": (1, 50, 32), "cls_token": (1, 1, 32), "blocks.0.attn.qkv.bias": (96,)}
+        registers = {"register_tokens": (1, 4, 32)} if name.endswith("registers") else {}
+        switches |= family.read(tensors | registers, {})
     network = redrawn(vit.ViT(ViTConfig(**{**TINY, **switches, "patch": 4, "image_size": 28})))
     rule, table = RULES[name], network.pos_embed[:, -49:].detach()
     stored = table.view(1, 7, 7, 32).permute(0, 3, 1, 2)
@@ -332,3 +334,24 @@ def test_rotations_at_any_size_and_aspect(grid: tuple[int, int]) -> None:
             places = [2 * (row + 0.5) / grid[0] - 1, 2 * (column + 0.5) / grid[1] - 1]
             turns = torch.tensor([2 * torch.pi * place / 100 ** (n / 4) for place in places for n in range(4)] * 2)
             torch.testing.assert_close(sine[0, 1 + row * grid[1] + column], turns.sin(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["", "larger"])
+def test_a_published_clip_on_grey_pictures(tmp_path: Path, size: str) -> None:
+    """Through transformers' folder: its patch embedding has no bias until one is needed."""
+    transformers = pytest.importorskip("transformers", reason="writes the folder")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    network = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**shape, image_size=32, patch_size=8))
+    redrawn(network).save_pretrained(tmp_path / "clip")
+    side = 32 if not size else 48
+    three, one = (weights.load(tmp_path / "clip", channels=channels, image_size=side) for channels in (3, 1))
+    assert one.record["family"] == "clip" and one.record["licence"] == "MIT" and one.backbone.config.patch_bias
+    assert ("image_size" in one.record) == bool(size) and one.preprocess.crop == side
+    grey = noise(1, side, side)
+    torch.testing.assert_close(tokens(one, grey), tokens(three, grey.expand(-1, 3, -1, -1)), rtol=0, atol=2e-5)
+    sizes = {"width": 32, "depth": 2, "hidden": 64}
+    further = backbone.build("vit-ti/4", image_size=24, channels=1, **{**weights.switches(one), **sizes})
+    record = weights.load_state(further, one)
+    assert record["patch"]["to"] == 4 and record["channels"]["to"] == 1 and record["hash"] == one.record["hash"]
+    enlarged = F.interpolate(grey[:, :, :24, :24], scale_factor=2, mode="nearest")
+    assert further(enlarged).cls.isfinite().all()

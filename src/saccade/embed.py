@@ -206,6 +206,8 @@ def _asked(
     several = [data] if isinstance(data, str | Path | Source) else list(data)
     names = ["DATA" if isinstance(item, Source) else str(item) for item in several]
     words = ["saccade", "embed", "BACKBONE" if isinstance(backbone, Encoder) else str(backbone), *names]
+    other = encoder.record.get("asked") or {}
+    flags = [word for name in ("channels", "patch") if name in other for word in (f"--{name}", str(other[name]))]
     return {
         "format": FORMAT,
         "backbone": {name: encoder.record.get(name) for name in ("path", "hash", "family", "asked")},
@@ -215,7 +217,7 @@ def _asked(
         "dim": encoder.backbone.config.width,
         "image_size": encoder.preprocess.crop,
         "batch": batch,
-        "command": shlex.join([*words, "--out", str(place), "--tokens", ",".join(tokens)]),
+        "command": shlex.join([*words, *flags, "--out", str(place), "--tokens", ",".join(tokens)]),
     }
 
 

@@ -53,11 +53,9 @@ def evaluate(
 
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
-    `out`: a JSON file for the result. Raises `SaccadeError`.
+    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
     """
-    _check_tasks(tasks)
-    if not labels or min(labels) < 1:
-        raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
+    _check_tasks(tasks, labels)
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     started = time.perf_counter()
@@ -101,7 +99,9 @@ def _asked(contestant: str, tasks: Sequence[str]) -> list[str]:
     return [task for task in tasks if contestant != "border" or task != "few-label"]
 
 
-def _check_tasks(tasks: Sequence[str]) -> None:
+def _check_tasks(tasks: Sequence[str], labels: Sequence[int]) -> None:
+    if not labels or min(labels) < 1:
+        raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
     for task in tasks:
         if task in LATER:
             raise SaccadeError(f"the task {task!r} comes later", path="--tasks", hint=f"there are: {', '.join(TASKS)}")

@@ -3,7 +3,8 @@
 What a file can lack or have is read from its tensors: class token, its row of the position table, layer scale, the
 biases of queries, keys and values. A ViT that norms after pooling (timm's fc_norm) is another network and is refused.
 Mean and spread are .5 (Google's and timm's own training) unless timm's config.json says otherwise; eps is 1e-6 for
-both, whatever transformers' config.json says (1e-12 by default).
+both, whatever transformers' config.json says (1e-12 by default). timm resizes positions with antialiasing,
+transformers without: each file as its own library does.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def _read(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in shapes else None,
         "qkv_bias": "all" if "blocks.0.attn.qkv.bias" in shapes else "none",
         "pooling": "cls" if cls else "mean",
+        **({"position_antialias": False} if "model_type" in config else {}),
         **{name: tuple(given[name]) for name in ("mean", "std") if name in given},
     }
 
@@ -64,7 +66,7 @@ FAMILY = Family(
     terms="the licence is that of whoever published the file: read the card that came with it",
     data="what the file's card says",
     pooling="cls",
-    switches={"eps": 1e-6, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    switches={"eps": 1e-6, "position_antialias": True, "mean": (0.5,) * 3, "std": (0.5,) * 3},
     sizes={
         "vit-ti/16": Size(192, 12, 3, 768, 16, 224, 5_524_416, _names("tiny", 16)),
         "vit-s/32": Size(384, 12, 6, 1536, 32, 224, 22_493_952, _names("small", 32)),
