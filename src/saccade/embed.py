@@ -139,18 +139,22 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def encoder_of(backbone: str | Path | Encoder, **where: int | None) -> Encoder:
-    """The encoder that a name stands for, on the device, with `image_size`, `channels` and `patch` as they are asked.
+def encoder_of(
+    backbone: str | Path | Encoder, *, image_size: int | None, channels: int | None, patch: int | None
+) -> Encoder:
+    """The encoder that a name stands for, on the device, with size, channels and patch as they are asked.
 
     Raises `SaccadeError` where one that is loaded already should be another.
     """
     if not isinstance(backbone, Encoder):
-        return load(backbone, **where).to(device())
-    if asked := {name: value for name, value in where.items() if value is not None}:
-        name, value = next(iter(asked.items()))
-        raise SaccadeError(
-            f"this encoder is loaded already, and {name} belongs to that", path=name, hint=f"load(…, {name}={value})"
-        )
+        return load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
+    for name, value in (("image_size", image_size), ("channels", channels), ("patch", patch)):
+        if value is not None:
+            raise SaccadeError(
+                f"this encoder is loaded already, and {name} belongs to that",
+                path=name,
+                hint=f"load(…, {name}={value})",
+            )
     return backbone
 
 
