@@ -178,22 +178,26 @@ def _network(family: str, settings: Any) -> Backbone:
     """A network whose buffers are filled and whose weights are not."""
     with torch.device("meta"):
         network = FAMILIES[family].network(settings)
-    network.to_empty(device="cpu").reset_buffers()
+    network.to_empty(device="cpu")
+    for _, buffer in network.named_buffers():
+        buffer.zero_()  # what a file may leave out: how many batches a norm has seen
+    network.reset_buffers()
     return network
 
 
 _KEPT = (
     "heads", "eps", "activation", "qkv_bias", "layer_scale", "pre_norm", "patch_bias", "cls", "cls_position",
-    "registers", "mean", "std", "position_offset", "position_antialias", "rope_rounded",
+    "registers", "mean", "std", "position_offset", "position_antialias", "rope_rounded", "pooled_cls",
 )  # fmt: skip
-"""Switches that a published ViT keeps wherever its weights go on: with others they would be another function."""
+"""Switches that a published network keeps wherever its weights go on: with others they would be another function."""
 
 
 def switches(encoder: Encoder) -> dict[str, Any]:
     """What a network must be built with, beside its architecture and size, to go on from a published encoder."""
-    if encoder.record["family"] == "saccade" or not isinstance(encoder.backbone, ViT):
+    if encoder.record["family"] == "saccade":
         return {}
-    return {name: getattr(encoder.backbone.config, name) for name in _KEPT}
+    config = encoder.backbone.config.model_dump(mode="python")
+    return {name: config[name] for name in _KEPT if name in config}
 
 
 def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
