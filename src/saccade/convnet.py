@@ -466,7 +466,7 @@ class ConvNeXt(Convnet):
 
     def finish(self, x: Float[Tensor, "b d h w"]) -> tuple[Float[Tensor, "b d"] | None, Float[Tensor, "b d h w"]]:
         """Every cell normed; the class token is the mean of the cells before that, normed by the same norm."""
-        cls = self.norm(x.mean((2, 3))) if self.config.pooled_cls else None
+        cls = self.norm(x.mean((2, 3))) if self.config.cls else None
         return cls, self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

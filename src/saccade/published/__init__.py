@@ -439,14 +439,20 @@ def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[
 
 def _expected(family: Family, switches: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the network that these switches describe. Raises `SaccadeError` where none does."""
+    return _built(family.network, tuple(sorted(switches.items())))
+
+
+@functools.lru_cache(8)
+def _built(network: str, switches: tuple[tuple[str, Any], ...]) -> dict[str, tuple[int, ...]]:
+    """Kept, for many families are the same network."""
     import torch
 
     from saccade.backbone import FAMILIES
 
-    kind = FAMILIES[family.network]
+    kind = FAMILIES[network]
     with torch.device("meta"):
-        network = kind.network(kind.config(**switches))
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        hollow = kind.network(kind.config(**dict(switches)))
+    return {name: tuple(tensor.shape) for name, tensor in hollow.state_dict().items()}
 
 
 def _geometry(

@@ -137,15 +137,29 @@ FAMILY = Family(
     },
     namings={"torchvision": TORCHVISION, "transformers": _transformers()},
     read=_read,
-    signs=(r"^(?!.*(dino|moco|swav|barlow|vicreg|imgsim|augnet|-[124]x)).*resnet-?(18|34|50|101|152)(?![a-z\d])",),
+    signs=(
+        "torchvision",
+        r"^(?!.*(dino|moco|swav|barlow|vicreg|imgsim|augnet|-[124]x)).*resnet-?(18|34|50|101|152)(?![a-z\d])",
+    ),
 )
 
 
-def _trained(name: str, licence: tuple[str, str, str | None], sign: str, sizes: Any, **others: Any) -> Family:
+def _trained(
+    name: str, licence: tuple[str, str, str | None], sign: str, sizes: Mapping[str, ConvnetSize], **others: Any
+) -> Family:
     """A family whose tensors are torchvision's by name."""
-    facts = {"namings": {"torchvision": TORCHVISION}, "data": "ImageNet-1k", **others}
-    terms = dict(zip(("licence", "licence_url", "terms"), licence, strict=True))
-    return replace(FAMILY, name=name, sizes=sizes, signs=(sign,), **terms, **facts)
+    licence_name, url, terms = licence
+    facts: dict[str, Any] = {"namings": {"torchvision": TORCHVISION}, "data": "ImageNet-1k", **others}
+    return replace(
+        FAMILY,
+        name=name,
+        licence=licence_name,
+        licence_url=url,
+        terms=terms,
+        sizes=sizes,
+        signs=(sign,),
+        **facts,
+    )
 
 
 DINO = _trained("dino-resnet", APACHE, "dino(?!v)", _bottlenecks("dino_resnet50_pretrain"))
@@ -173,7 +187,7 @@ SIMCLR = _trained(
 MOCOV3 = _trained(
     "mocov3-resnet",
     CC_BY_NC,
-    "moco",
+    r"moco|\br-50-\d+ep",
     _bottlenecks("r-50-1000ep.pth.tar"),
     namings={
         "official": replace(
