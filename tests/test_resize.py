@@ -168,11 +168,12 @@ def test_a_smaller_patch_is_the_nearest_there_is(tmp_path: Path) -> None:
 
 def test_every_switch_is_kept_or_said_not_to_be() -> None:
     """A new switch of the ViT is kept where training goes on from an encoder, unless weights.py names it."""
-    assert set(weights._CHOSEN) < set(ViTConfig.model_fields)
-    assert {"heads", "eps", "activation", "mean", "std", "position_antialias", "rope_rounded"} <= {*weights._KEPT}
+    every = {name for family in backbone.FAMILIES.values() for name in family.config.model_fields}
+    assert set(weights._CHOSEN) < every
     encoder = Encoder(vit.build("vit-ti/4", image_size=16, **TINY, eps=1e-5, position="rope"), {"family": "saccade"})
     kept = weights.switches(encoder)
     assert kept["eps"] == 1e-5 and kept["position"] == "rope" and "width" not in kept
+    assert {"heads", "activation", "mean", "std", "position_antialias", "rope_rounded"} <= kept.keys()
 
 
 def test_training_keeps_what_an_own_run_kept(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from saccade.errors import SaccadeError, nearest
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
 from saccade.tensors import PICKLES, hash_of, read_tensors
-from saccade.vit import ViT, ViTConfig
 
 FORMAT = "saccade-backbone-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -212,28 +211,33 @@ def _network(family: str, settings: Any) -> Backbone:
     """A network whose buffers are filled and whose weights are not."""
     with torch.device("meta"):
         network = FAMILIES[family].network(settings)
-    network.to_empty(device="cpu").reset_buffers()
+    network.to_empty(device="cpu")
+    for _, buffer in network.named_buffers():
+        buffer.zero_()  # what a file may leave out: how many batches a norm has seen
+    network.reset_buffers()
     return network
 
 
-_NUMBERS = ("width", "depth", "hidden", "patch", "patch_time", "image_size", "frames", "channels")
+_NUMBERS = (
+    "width", "depth", "hidden", "patch", "patch_time", "image_size", "frames", "channels",
+    "kind", "blocks", "widths", "stride",
+)  # fmt: skip
 _CHOSEN = (*_NUMBERS, "mask_token", "pooling", "init")
 """Numbers and sizes, which --arch and other settings say, and what a recipe decides."""
-_KEPT = tuple(name for name in ViTConfig.model_fields if name not in _CHOSEN)
-"""Switches that a ViT keeps wherever its weights go on: with others they would be another function."""
 
 
 def switches(encoder: Encoder) -> dict[str, Any]:
     """What a network must be built with, beside its architecture and size, to go on from an encoder.
 
-    A table of positions is not among it: a recipe may prefer the formula where the table holds just its numbers.
+    With others it would be another function. A table of positions is not among it: a recipe may prefer the formula
+    where the table holds just its numbers.
     """
-    if not isinstance(encoder.backbone, ViT):
-        return {}
-    kept = {name: getattr(encoder.backbone.config, name) for name in _KEPT}
-    if kept["position"] == "learned":
-        del kept["position"]
-    return kept
+    config = encoder.backbone.config.model_dump(mode="python")
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _CHOSEN and not (name == "position" and value == "learned")
+    }
 
 
 def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:

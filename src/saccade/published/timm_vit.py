@@ -2,6 +2,8 @@
 
 What a file can lack or have is read from its tensors: class token, its row of the position table, layer scale, the
 biases of queries, keys and values. A ViT that norms after pooling (timm's fc_norm) is another network and is refused.
+One without a class token is believed only where timm's config.json says that it pools by the mean (`global_pool`): a
+SigLIP that has lost its attention pool has the same tensors.
 Mean and spread are .5 (Google's and timm's own training) unless timm's config.json says otherwise; eps is 1e-6 for
 both, whatever transformers' config.json says (1e-12 by default). timm resizes positions with antialiasing,
 transformers without: each file as its own library does.
@@ -13,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from saccade.errors import SaccadeError
 from saccade.published import Family, Naming, Rule, Shapes, Size, pairs
 
 _BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -43,6 +46,10 @@ _SCALES: tuple[Rule, ...] = tuple((f"blocks.{{n}}.{name}.gamma",) * 2 for name i
 
 def _read(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
     rows, cls = shapes["pos_embed"][1], "cls_token" in shapes
+    if not cls and config.get("global_pool") != "avg":
+        raise SaccadeError(
+            "it has no class token, and no config.json of timm says that it pools by the mean (global_pool avg)"
+        )
     given = config.get("pretrained_cfg", config)
     return {
         "cls": cls,
