@@ -61,7 +61,7 @@ def refusal(place: Path | str) -> SaccadeError:
 
 def test_no_such_backbone(saved: Path) -> None:
     assert "did you mean 'run'" in str(refusal(saved.parent / "rum"))
-    assert "published names" in str(refusal("dinov9-vits"))
+    assert "no published one" in str(refusal("dinov9-vits")) and "did you mean" in str(refusal("vit-mae-bas"))
     assert "no backbone in" in str(refusal(saved.parent))
     (saved.parent / "young" / "checkpoints").mkdir(parents=True)
     assert "no backbone yet" in str(refusal(saved.parent / "young"))
@@ -150,7 +150,9 @@ def test_preprocess_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Preprocess.at(224) == Preprocess(256, 224)
     assert Preprocess.at(32).resize == 32  # small pictures keep their border
     enlarged, resized = [], encoder_page.resized
-    monkeypatch.setattr(encoder_page, "resized", lambda pixels, *how: enlarged.append(pixels.shape) or resized(pixels, *how))
+    monkeypatch.setattr(
+        encoder_page, "resized", lambda pixels, *how: enlarged.append(pixels.shape) or resized(pixels, *how)
+    )
     strip = torch.zeros(3, 2, 4000, dtype=torch.uint8)
     assert Preprocess.at(224)(strip).shape == (3, 224, 224)
     assert max(enlarged[0]) <= 8  # a strip enlarged whole would take gigabytes

@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saccade.errors import SaccadeError, nearest
@@ -486,6 +484,8 @@ def _chosen(sizes: list[tuple[str, Size]], called: str) -> tuple[str | None, Siz
 
 def listing(pattern: str = "*") -> list[dict[str, Any]]:
     """The published checkpoints whose name or family has the pattern in it, * and ? allowed. Raises `SaccadeError`."""
+    from saccade.hub import cached
+
     found: list[dict[str, Any]] = [
         {
             "name": size.names[0] if size.names else f"{family.name}/{name}",
@@ -495,7 +495,7 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
             "licence": family.licence,
             "terms": family.terms,
             "data": size.data or family.data,
-            "cached": any(map(_cached, size.names)),
+            "cached": any(map(cached, size.names)),
         }
         for family in families().values()
         for name, size in family.sizes.items()
@@ -510,12 +510,3 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
             hint=nearest(pattern, [*families(), *(str(row["name"]) for row in found)]),
         )
     return wanted
-
-
-def _cached(name: str) -> bool:
-    """Whether the Hugging Face cache of this machine has a snapshot of a repository."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
-    )
-    hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-    return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*"))
