@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import saccade
-from saccade import errors, hub, published, weights
+from saccade import errors, hub, published, vit, weights
 from saccade.errors import SaccadeError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -400,3 +401,71 @@ def test_an_index_names_the_commit(published_once: Hub, tmp_path: Path) -> None:
     published_once.asked.clear()
     assert len(saccade.Index.open(tmp_path / "index").search(pictures / "0.png", k=3)) == 3
     assert not published_once.asked, "an index knows the commit that made it"
+
+
+def test_licences_travel(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run from non-commercial weights says so, its record and its backbone do, and a run that goes on from that."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTMAEConfig(**size, image_size=32, patch_size=8, layer_norm_eps=1e-6, mask_ratio=0.0)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path / "mae")
+    server.publish(tmp_path / "mae", "facebook/vit-mae-base")
+    for number in range(4):
+        Image.new("RGB", (32, 32), (number * 60, 9, 99)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(vit, "SIZES", vit.SIZES | {"ti": {"width": 32, "depth": 2, "heads": 2, "hidden": 64}})
+    tiny: dict[str, Any] = {"recipe": "simclr", "arch": "vit-ti/8", "image_size": 32, "steps": 1, "batch": 4}
+    tiny |= {"workers": 0, "threads": 1, "seed": 0}
+    begin = partial(saccade.pretrain, str(tmp_path), init="facebook/vit-mae-base", out=tmp_path / "first", **tiny)
+    first = begin()
+    assert "mae weights: CC-BY-NC-4.0, for non-commercial use only; https" in capfd.readouterr().err
+    initial = first.record["initial"]
+    assert initial["name"] == "facebook/vit-mae-base" and initial["revision"] == FIRST and initial["terms"]
+
+    second = saccade.pretrain(str(tmp_path), init=str(first.path), out=tmp_path / "second", **tiny)
+    for run in (first, second):
+        (origin,) = run.record["initial"]["derived_from"]
+        assert origin["name"] == "facebook/vit-mae-base" and origin["licence"] == "CC-BY-NC-4.0"
+        assert origin["terms"] == "for non-commercial use only" and origin["hash"] == initial["hash"]
+        said = json.loads((run.path / "backbone" / "config.json").read_text())["record"]
+        assert said["derived_from"] == [origin] and said["licence"] == "CC-BY-NC-4.0"
+        capfd.readouterr(), errors.say.cache_clear()
+        assert weights.load(run.path).record["derived_from"] == [origin]
+        said = capfd.readouterr().err
+        assert f"{run.path} derives from mae weights: CC-BY-NC-4.0, for non-commercial use only" in said
+    server.branches["main"] = SECOND  # and the run goes on from what it began with
+    server.asked.clear()
+    assert begin().record["initial"]["revision"] == FIRST and not server.asked
+    assert "CC-BY-NC-4.0" in (first.path / "report.html").read_text()
+    assert "non-commercial use only" in (first.path / "report.html").read_text()
+
+
+def test_a_plainer_server(published_once: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror: no redirects, no codes of errors, the hash as the tag, a commit of its own kind."""
+
+    def plain(handler: Handler, state: Hub, file: str, commit: str, content: bytes, body: bool) -> None:
+        digest = hashlib.sha256(content + b"!" * state.lies).hexdigest()
+        handler._send(content, {"X-Repo-Commit": commit, "ETag": digest}, body)
+
+    def refuse(handler: Handler, status: int, code: str, message: str, headers: object = None) -> None:
+        handler._head(status, {"Content-Length": "0"})
+
+    monkeypatch.setattr(Handler, "_file", plain)
+    monkeypatch.setattr(Handler, "_refuse", refuse)
+    published_once.files[NAME]["c0ffee"] = published_once.files[NAME].pop(FIRST)
+    published_once.branches["main"] = "c0ffee"
+    assert weights.load(NAME).record["revision"] == "c0ffee"
+    published_once.asked.clear()
+    assert weights.load(NAME).record["revision"] == "c0ffee" and published_once.count("GET") == 0
+    published_once.tokens = {"good"}
+    assert "does not know this token (401)" in str(refusal(token="wrong"))
+    assert "the hub wants a token (401)" in str(refusal("facebook/dinov2-base"))
+    assert "the hub has no facebook/dinov2-base (404)" in str(refusal("facebook/dinov2-base", token="good"))
+    published_once.gated, published_once.tokens = True, None
+    assert "is gated" in str(refusal(token="other"))
+    published_once.gated, published_once.lies = False, True
+    published_once.publish(folder, "facebook/dinov2-base", "c0ffee")
+    assert "is not what the hub announced" in str(refusal("facebook/dinov2-base"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    published_once.publish(folder, "facebook/dinov2-large", "c0ffee")
+    assert "pytorch_model.bin" in str(refusal("facebook/dinov2-large"))

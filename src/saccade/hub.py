@@ -108,8 +108,8 @@ def similar(name: str) -> str:
 def find(backbone: str | Path, revision: str | None = None, token: str | None = None) -> Fetched | None:
     """The published model that a name means, fetched unless it is cached; None for what can only lie on this disk.
 
-    `name@revision` pins a branch, a tag or a commit, as `revision` does. Raises `SaccadeError` for whatever keeps it
-    from being whole on this disk.
+    `name@revision` pins a branch, a tag or a commit, as `revision` does. Raises `SaccadeError` for whatever hinders it
+    to be whole on this disk.
     """
     if Path(backbone).expanduser().exists():
         if revision is not None:
@@ -326,7 +326,9 @@ class _Source:
             hint = f"{similar(self.name)}; a private one needs HF_TOKEN"
             return SaccadeError(f"there is no {self.name}, neither here nor on the hub", path=page, hint=hint)
         if missing:
-            hint = "is HF_ENDPOINT another hub? a private one needs HF_TOKEN"
+            tag = self.name.startswith("timm/") and "." not in self.name
+            hint = "timm says behind a dot how it was trained: see https://huggingface.co/timm" if tag else ""
+            hint = hint or "is HF_ENDPOINT another hub? a private one needs HF_TOKEN"
             return SaccadeError(f"the hub has no {self.name} ({status})", path=page, hint=hint)
         mine = self.token or self.library.get_token()
         if isinstance(error, errors.GatedRepoError) or status == 403:
