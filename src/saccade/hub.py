@@ -222,18 +222,22 @@ class _Source:
 
     def _ask(self) -> tuple[str, str]:
         """The same, by the hub, which announces a hash too. Raises `SaccadeError`."""
+        errors, absent = self.library.errors, None
         for name in (WEIGHTS, SHARDS, PICKLE):
             url = self.library.hf_hub_url(self.name, name, revision=self.revision, endpoint=self.endpoint)
             try:
                 said = self.library.get_hf_file_metadata(url, token=self.token)
-            except self.library.errors.RemoteEntryNotFoundError:
+            except (errors.HTTPError, OSError, ValueError) as error:
+                if not self._absent(error):
+                    raise self._refusal(error, name) from None
+                absent = error
                 continue
-            except (self.library.errors.HTTPError, OSError, ValueError) as error:
-                raise self._refusal(error, name) from None
             if said.commit_hash is None or not _COMMIT.fullmatch(said.commit_hash):
                 raise SaccadeError(f"{self.endpoint} does not answer as a hub: it names no commit", path="HF_ENDPOINT")
             self.announced[name] = said.etag or ""
             return said.commit_hash, name
+        if not isinstance(absent, errors.RemoteEntryNotFoundError):  # a mirror that does not say what it is that is not
+            raise self._answer(absent, 404)
         raise SaccadeError(
             f"{self.name} has no weights that can be read: no {WEIGHTS} and no {PICKLE}",
             path=f"{self.endpoint}/{self.name}",
@@ -255,10 +259,22 @@ class _Source:
         try:
             where = {"cache_dir": cache(), "endpoint": self.endpoint, "token": self.token}
             return Path(self.library.hf_hub_download(self.name, name, revision=commit, **where))
-        except errors.RemoteEntryNotFoundError:
-            return None
-        except (errors.HTTPError, errors.EntryNotFoundError, OSError, ValueError, RuntimeError) as error:
+        except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+            if self._absent(error):
+                return None
             raise self._refusal(error, name, commit) from None
+
+    def _absent(self, error: Exception) -> bool:
+        """Whether it says that a file does not exist, where the repository may."""
+        errors, cause = self.library.errors, self._cause(error)
+        if isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+            return False
+        return isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code == 404
+
+    def _cause(self, error: Exception) -> BaseException:
+        """What the library met, where it only says that the cache has no such file either."""
+        local = isinstance(error, self.library.errors.LocalEntryNotFoundError)
+        return error.__cause__ if local and error.__cause__ else error
 
     def _checked(self, name: str, path: Path | None) -> str:
         """The SHA-256 of a file. Raises `SaccadeError` unless it is the one that the hub announced.
@@ -293,9 +309,8 @@ class _Source:
 
     def _refusal(self, error: Exception, file: str, commit: str | None = None) -> SaccadeError:
         """What kept a file from coming, in our words; `commit` is given once the hub has answered."""
-        errors = self.library.errors
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-        if isinstance(cause, errors.HfHubHTTPError):
+        cause = self._cause(error)
+        if isinstance(cause, self.library.errors.HfHubHTTPError):
             return self._answer(cause, cause.response.status_code)
         reason = " ".join(str(cause).split()) or type(cause).__name__
         if commit is not None:
