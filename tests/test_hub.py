@@ -205,7 +205,7 @@ def test_offline(published_once: Hub, monkeypatch: pytest.MonkeyPatch, capsys: p
     published_once.asked.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert weights.load(NAME).record["revision"] == FIRST
-    assert f"offline: {NAME} from the cache, revision {FIRST}" in capsys.readouterr().err
+    assert f"offline, as HF_HUB_OFFLINE says: {NAME} from the cache, revision {FIRST}" in capsys.readouterr().err
     assert "not in the cache" in str(refusal(revision=SECOND)) and not published_once.asked
 
 
@@ -215,6 +215,8 @@ def test_no_network(published_once: Hub, monkeypatch: pytest.MonkeyPatch, capsys
     assert weights.load(NAME).record["revision"] == FIRST
     said = capsys.readouterr().err
     assert "cannot be reached" in said and f"from the cache, revision {FIRST}" in said
+    (kept() / "config.json").unlink()
+    assert "config.json of" in str(refusal()) and "not in the cache" in str(refusal())
     error = refusal("facebook/dinov2-base")
     assert "cannot be reached" in str(error) and "not in the cache either" in str(error) and error.code == 1
 

@@ -158,12 +158,16 @@ def _library(name: str) -> Any:
 
 @dataclass
 class _Source:
-    """One repository at one revision, and how the hub is asked for it."""
+    """One repository at one revision, and how the hub is asked for it.
+
+    `offline` is why it is not, and `announced` what it said of the files' hashes.
+    """
 
     name: str
     revision: str
     token: str | None
     library: Any
+    offline: str = ""
     announced: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -178,8 +182,10 @@ class _Source:
     def fetch(self) -> Fetched:
         """Everything of one commit, tensors last. Raises `SaccadeError`."""
         commit, first = self._commit()
-        for name in (CONFIG, PREPROCESSOR):
-            self._get(name, commit)
+        known = self._in_cache(first, commit)
+        self._get(CONFIG, commit)
+        if known is None:  # the tensors come last: where they are, this has been asked for
+            self._get(PREPROCESSOR, commit)
         names = [first]
         if first == SHARDS:
             index = self._get(SHARDS, commit)
@@ -193,29 +199,34 @@ class _Source:
     def _commit(self) -> tuple[str, str]:
         """The commit that the revision is now, and its first file of tensors: by the hub, or by the cache."""
         kept = self._kept()
-        if kept and kept[0] == self.revision:
+        self.offline = "offline, as HF_HUB_OFFLINE says" if _offline() else ""
+        if kept and kept[0] == self.revision:  # a commit never changes: nobody is asked
             return kept
-        if _offline():
+        if self.offline:
             if kept is None:
-                raise SaccadeError(
-                    f"{self.name} (revision {self.revision}) is not in the cache {cache()}, and the hub is not asked",
-                    path=self.name,
-                    hint="HF_HUB_OFFLINE is set: load it once without",
-                )
-            say(f"saccade: offline: {self.name} from the cache, revision {kept[0]}")
-            return kept
-        try:
-            return self._ask()
-        except SaccadeError as error:
-            if kept is None or error.code != UNREACHABLE:
-                raise
-            say(f"saccade: {error.error}: {self.name} from the cache, revision {kept[0]}")
-            return kept
+                raise self._lacking(f"{self.name} (revision {self.revision})")
+        else:
+            try:
+                return self._ask()
+            except SaccadeError as error:
+                if kept is None or error.code != UNREACHABLE:
+                    raise
+                self.offline = error.error
+        say(f"saccade: {self.offline}: {self.name} from the cache, revision {kept[0]}")
+        return kept
+
+    def _lacking(self, what: str) -> SaccadeError:
+        hint = "load it once with a network, and without HF_HUB_OFFLINE"
+        return SaccadeError(f"{what} is not in the cache {cache()}; {self.offline}", path=self.name, hint=hint)
+
+    def _in_cache(self, name: str, revision: str) -> str | object | None:
+        """The path of a file in the cache, another object for one that is known not to exist, or None."""
+        return self.library.try_to_load_from_cache(self.name, name, cache_dir=cache(), revision=revision)
 
     def _kept(self) -> tuple[str, str] | None:
         """The same, by what the cache holds."""
         for name in (WEIGHTS, SHARDS, PICKLE):
-            path = self.library.try_to_load_from_cache(self.name, name, cache_dir=cache(), revision=self.revision)
+            path = self._in_cache(name, self.revision)
             if isinstance(path, str):
                 return Path(path).parent.name, name
         return None
@@ -246,15 +257,11 @@ class _Source:
 
     def _get(self, name: str, commit: str) -> Path | None:
         """A file of the commit in the cache, fetched where it is not there; None where it does not exist."""
-        kept = self.library.try_to_load_from_cache(self.name, name, cache_dir=cache(), revision=commit)
-        if kept is not None or (_offline() and name == PREPROCESSOR):
+        kept = self._in_cache(name, commit)
+        if kept is not None:
             return Path(kept) if isinstance(kept, str) else None
-        if _offline():
-            raise SaccadeError(
-                f"{name} of {self.name} (revision {commit}) is not in the cache {cache()}",
-                path=self.name,
-                hint="HF_HUB_OFFLINE is set: load it once without",
-            )
+        if self.offline:
+            raise self._lacking(f"{name} of {self.name} (revision {commit})")
         errors = self.library.errors
         try:
             where = {"cache_dir": cache(), "endpoint": self.endpoint, "token": self.token}
