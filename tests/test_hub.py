@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import saccade
 from saccade import errors, hub, published, vit, weights
+from saccade.cli import main
 from saccade.errors import SaccadeError
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -471,3 +472,50 @@ def test_a_plainer_server(published_once: Hub, folder: Path, monkeypatch: pytest
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     published_once.publish(folder, "facebook/dinov2-large", "c0ffee")
     assert "pytorch_model.bin" in str(refusal("facebook/dinov2-large"))
+
+
+def test_what_another_tool_left_in_the_cache(published_once: Hub) -> None:
+    """timm fetches the tensors alone; what says how to read them is fetched then."""
+    huggingface_hub.hf_hub_download(
+        NAME, "model.safetensors", cache_dir=hub.cache(), endpoint=published_once.url, revision=FIRST
+    )
+    published_once.asked.clear()
+    assert weights.load(f"{NAME}@{FIRST}").record["family"] == "dinov2"
+    assert published_once.count("GET") == 1 and (kept() / "config.json").is_file()
+
+
+def test_on_the_command_line(
+    published_once: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its codes: 2 for what the user can mend, 1 for a hub that does not answer. And the table of models."""
+
+    def says(*words: str) -> tuple[int, dict[str, Any]]:
+        code = main([*words, "--json"])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number * 60, 9, 99)).save(tmp_path / "a" / f"{number}.png")
+    code, said = says("embed", f"{NAME}@main", str(tmp_path / "a"), "--out", str(tmp_path / "index"))
+    assert code == 0 and said["count"] == 3
+    code, said = says("evaluate", "facebook/dinov2-smal", str(tmp_path))
+    assert code == 2 and not said["ok"] and NAME in said["hint"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code, said = says("evaluate", "facebook/dinov2-base", str(tmp_path))
+    assert code == 1 and "cannot be reached" in said["error"]
+
+    code, said = says("models", "dinov2-small")
+    (row,) = said["models"]
+    assert row["cached"] and row["cached_names"] == [NAME]
+    assert (row["figures"]["knn"], row["figures"]["linear"]) == (79.0, 81.1) and "dinov2" in row["figures"]["source"]
+    assert main(["models", "dinov*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["name", "size", "parameters", "trained", "on", "licence", "k-NN", "linear", "cached"]
+    (line,) = (line for line in lines if line.startswith(f"{NAME} "))
+    assert line.split() == f"{NAME} dinov2 vit-s/14 22 M LVD-142M Apache-2.0 79.0 81.1 yes".split()
+    assert [line for line in lines if "87.0*" in line] and lines[-1].startswith("DINOv3 License: a custom licence")
+
+
+def test_figures_are_of_sizes_that_exist() -> None:
+    for family in published.families().values():
+        assert family.figures.keys() <= family.sizes.keys() and bool(family.figures) == bool(family.figures_source)
