@@ -202,6 +202,7 @@ def test_offline(published_once: Hub, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "not in the cache" in str(refusal()) and "HF_HUB_OFFLINE" in str(refusal())
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as if it had been imported then
     weights.load(NAME)
     published_once.asked.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
