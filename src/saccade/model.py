@@ -25,7 +25,9 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
         start = weights.load(init, channels=config.channels) if init else None
         switches = config.backbone() | (weights.switches(start) if start else {})
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
-        record = weights.load_state(backbone, start) if start else {"weights": "random", "seed": config.seed}
+        record = {"weights": "random", "seed": config.seed}
+        if start:
+            record = {**weights.load_state(backbone, start), "derived_from": weights.origins(start.record)}
         return page.method(config, backbone, {}), record
 
 

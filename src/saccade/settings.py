@@ -76,7 +76,7 @@ class PretrainArguments(Settings):
         None, description="labelled folder: ten times a part held out of its train side, and its test side at the end"
     )
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    init: str | None = Field(None, description="backbone to start from: a run directory or a checkpoint")
+    init: str | None = Field(None, description="backbone to start from: a run, a checkpoint or a published name")
     workers: int | None = Field(
         None, ge=0, description="processes that read and decode; chosen from the cores if not given"
     )
@@ -101,7 +101,7 @@ class PretrainArguments(Settings):
 class EvaluateArguments(Settings):
     """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
 
-    backbone: Word = Field(description="run directory or checkpoint")
+    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
     )
@@ -120,7 +120,7 @@ class EvaluateArguments(Settings):
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
-    backbone: Word = Field(description="run directory or checkpoint")
+    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
     data: WordList = Field(min_length=1, description="folders, list files or tar shards")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(

@@ -6,10 +6,8 @@ Nothing here runs what a file says: a pickle is read for its tensors and plain c
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,17 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saccade import published, resize
+from saccade import hub, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
-from saccade.errors import SaccadeError, nearest
+from saccade.errors import SaccadeError, nearest, say
+from saccade.hub import CONFIG, SHARDS, WEIGHTS
+from saccade.hub import PICKLE as BIN
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
 from saccade.tensors import PICKLES, hash_of, read_tensors
 
 FORMAT = "saccade-backbone-1"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SHARDS, BIN = f"{WEIGHTS}.index.json", "pytorch_model.bin"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -59,20 +57,50 @@ def load(
     patch: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Encoder:
-    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors or an official .pth, on the CPU.
+    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth or a published
+    name, on the CPU.
 
-    `image_size` is what `preprocess` makes, the native size if None; `channels` and `patch` are others than the
-    encoder was trained with (`resize` says how that is done). `bands`: which of `channels` are red, green and blue,
-    from 0; the others are not looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use
-    that are not free are said on stderr. Raises `SaccadeError` for what does not exist, is damaged, holds more than
-    tensors, or is no whole encoder.
+    A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
+    `preprocess` makes, the native size if None; `channels` and `patch` are others than the encoder was trained with
+    (`resize` says how that is done). `bands`: which of `channels` are red, green and blue, from 0; the others are not
+    looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use that are not free are said
+    on stderr. Raises `SaccadeError` for what does not exist, is damaged, holds more than tensors, or is not whole.
     """
     other = Other(channels, bands, patch, mean, std)
+    fetched = hub.find(backbone, revision, token)
+    place, name = (backbone, None) if fetched is None else (fetched.folder, fetched.name)
+    encoder = _load(place, name, image_size, other)
+    if fetched is not None:
+        path = f"{fetched.name}@{fetched.revision}"
+        encoder.record |= {"name": fetched.name, "revision": fetched.revision, "sha256": fetched.sha256, "path": path}
+    for origin in origins(encoder.record):
+        if origin["terms"]:
+            own = "" if encoder.record["family"] != "saccade" else f"{backbone} derives from "
+            about = f"{origin['licence']}, {origin['terms']}; {origin['licence_url']}"
+            say(f"saccade: {own}{origin['family']} weights: {about}")
+    return encoder
+
+
+_ORIGIN = ("name", "revision", "family", "arch", "licence", "licence_url", "terms", "hash")
+
+
+def origins(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The published weights that an encoder's are or derive from, with licence, terms and hash: for a record."""
+    if record["family"] == "saccade":
+        return list(record.get("derived_from", []))
+    return [{"name": Path(record["path"]).name, **{key: record[key] for key in _ORIGIN if key in record}}]
+
+
+def _load(backbone: str | Path, name: str | None, image_size: int | None, other: Other) -> Encoder:
+    """The encoder of what lies on this disk; `name` is what it is published as."""
     folder, files = _find(backbone)
     config = _config(folder / CONFIG)
     if config.get("format") is None:
-        return _load_published(Path(backbone).expanduser(), files, config, image_size, other)
+        place = Path(backbone).expanduser()
+        return _load_published(place, files, config, image_size, other, _called(Path(name or place), config))
     if config["format"] != FORMAT or not isinstance(config.get("weights"), dict):
         raise SaccadeError(
             f"{folder / CONFIG} has format {config['format']!r}, which this version does not know",
@@ -98,13 +126,11 @@ def load(
 
 
 def _load_published(
-    place: Path, files: list[Path], config: dict[str, Any], image_size: int | None, other: Other
+    place: Path, files: list[Path], config: dict[str, Any], image_size: int | None, other: Other, called: str
 ) -> Encoder:
     """The encoder of another project's tensors. Raises `SaccadeError`, before any network is there."""
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-    found = published.recognise(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, _called(place, config)
-    )
+    found = published.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, called)
     family, names = found.family, found.names
     _refuse_numbers({name: tensors[name] for name in tensors if name.startswith(names.prefix)}, place)
     ours = published.to_ours(family.namings[found.naming], tensors, names.prefix)
@@ -113,8 +139,6 @@ def _load_published(
     tables = {name: own[name] for name, _ in network.named_buffers() if name in own}  # not in every naming: RoPE's
     _into(network, tables | ours, place)
     record = _record(found, network, len(ours)) | {"hash": hash_of(*files), "path": str(place.absolute())}
-    if family.terms:
-        _say(f"saccade: {family.name} weights: {family.licence}, {family.terms}; {family.licence_url}")
     return _finish(network, record, image_size, other, family.preprocess)
 
 
@@ -160,13 +184,6 @@ def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any
         "reshaped": sorted(name for ours, _, way in found.names.found if way is not published.SAME for name in ours),
         "ignored": found.names.ignored,
     }
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """To stderr, once a process, by the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 def _called(place: Path, config: dict[str, Any]) -> str:
@@ -297,9 +314,9 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _no_such(name: str, place: Path) -> SaccadeError:
-    if os.sep not in name and not place.suffix:
-        hint = "published names cannot be fetched yet; name a run, a folder or a file: .safetensors or an official .pth"
-        return SaccadeError(f"there is no backbone {name!r} here", path=name, hint=hint)
+    if os.sep not in name and place.suffix not in (".safetensors", *PICKLES):
+        error = f"there is no backbone {name!r} here, and no published one of that name"
+        return SaccadeError(error, path=name, hint=hub.similar(name))
     siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
     hint = nearest(place.name, siblings[:1000]) if 0 < len(siblings) <= 1000 else f"look at {place.parent}"
     return SaccadeError(f"there is no backbone {place}", path=place, hint=hint if len(hint) < 300 else None)

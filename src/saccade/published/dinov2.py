@@ -128,4 +128,15 @@ FAMILY = Family(
     },
     read=_read,
     signs=("dinov2",),
+    figures={
+        "vit-s/14": {"knn": 79.0, "linear": 81.1},
+        "vit-s/14-registers": {"knn": 79.1, "linear": 80.9},
+        "vit-b/14": {"knn": 82.1, "linear": 84.5},
+        "vit-b/14-registers": {"knn": 82.0, "linear": 84.6},
+        "vit-l/14": {"knn": 83.5, "linear": 86.3},
+        "vit-l/14-registers": {"knn": 83.8, "linear": 86.7},
+        "vit-g/14": {"knn": 83.5, "linear": 86.5},
+        "vit-g/14-registers": {"knn": 83.7, "linear": 87.1},
+    },
+    figures_source="README of facebookresearch/dinov2",
 )

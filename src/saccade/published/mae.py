@@ -60,4 +60,10 @@ FAMILY = Family(
     },
     namings={"official": OFFICIAL, "transformers": TRANSFORMERS},
     signs=("mae",),
+    figures={
+        "vit-b/16": {"linear": 68.0},
+        "vit-l/16": {"linear": 75.8},
+        "vit-h/14": {"linear": 76.6},
+    },
+    figures_source="arXiv 2111.06377, of the encoders trained on normalised pixels",
 )
