@@ -269,7 +269,7 @@ def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
     for name in ("channels", "patch"):
         if name in record:
             what = record[name]
-            _say(f"saccade: {record['path']}: {name} from {what['from']} to {what['to']}: {what['how']}")
+            say(f"saccade: {record['path']}: {name} from {what['from']} to {what['to']}: {what['how']}")
     return record
 
 
