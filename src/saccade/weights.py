@@ -25,7 +25,7 @@ from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, nearest
 from saccade.published import Recognised
-from saccade.tensors import PICKLES, hash_of, read_tensors
+from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
 from saccade.vit import ViT, sincos
 
 FORMAT = "saccade-backbone-1"
@@ -107,12 +107,16 @@ def _load_published(place: Path, files: list[Path], config: dict[str, Any], imag
 
 
 def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
-    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name."""
+    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name.
+
+    `prefix` stands before the names of what was taken: which of several networks in a file that is.
+    """
     family = found.family
     return {
         "family": family.name,
         "arch": found.size,
         "naming": found.naming,
+        "prefix": found.names.prefix,
         "size": network.config.image_size,
         "pooling": network.config.pooling,
         "mean": list(network.config.mean),
@@ -244,7 +248,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ARRAYS, *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"

@@ -74,7 +74,8 @@ class Naming:
 
     `prefixes` may stand before every name, the wanted one first where several do; `ignored` are regular expressions of
     names that belong to no encoder (heads, decoders); `optional` are our names that may be missing; `model_types` are
-    what a transformers config.json says.
+    what a transformers config.json says. `stacked` is the folder that holds all layers in one tensor each, along a
+    leading axis: `layer/x` for the rules' `layer_0/x`, `layer_1/x`, …
     """
 
     rules: tuple[Rule, ...]
@@ -82,6 +83,7 @@ class Naming:
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
+    stacked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ def _apply(rules: Iterable[tuple[list[str], list[str], Way]], names: set[str]) -
             if match
         }
         for numbers in sorted(bound, key=lambda pairs: [int(number) for _, number in pairs]):
+            if any(name not in dict(numbers) for part in target for name in re.findall(r"{(\w+)}", part)):
+                continue  # a rule of one way: it drops a number that nothing could give back
             sources, targets = ([name.format(**dict(numbers)) for name in side] for side in (source, target))
             lacking = set(sources) - names
             missing |= lacking
@@ -227,10 +231,39 @@ def sort(naming: Naming, names: Iterable[str], prefix: str = "") -> Sorted:
 
 def to_ours(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
     """Their tensors by our names. What the naming does not know is left out; `sort` says what that is."""
+    tensors = unstacked(naming, tensors)
     result: dict[str, Any] = {}
     for ours, theirs, way in sort(naming, tensors, prefix).found:
         result.update(zip(ours, way.ours([tensors[name] for name in theirs]), strict=True))
     return result
+
+
+def unstacked(naming: Naming, tensors: Tensors) -> Tensors:
+    """Every layer under its own name, where the naming keeps them in one tensor. A number has no layers and stays."""
+    folder = f"{naming.stacked}/"
+    if naming.stacked is None or not any(folder in name for name in tensors):
+        return tensors
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        layers = len(tensor) if folder in name and tensor.ndim else 0
+        names = [name.replace(folder, f"{naming.stacked}_{layer}/") for layer in range(layers)]
+        result |= dict(zip(names, tensor, strict=True)) if names else {name: tensor}
+    return result
+
+
+def _stacked(naming: Naming, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What `unstacked` was given."""
+    import torch
+
+    layers: dict[str, dict[int, Any]] = {}
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if found := re.search(rf"{naming.stacked}_(\d+)/", name):
+            together = name.replace(found[0], f"{naming.stacked}/")
+            layers.setdefault(together, {})[int(found[1])] = tensor
+        else:
+            result[name] = tensor
+    return result | {name: torch.stack([every[n] for n in sorted(every)]) for name, every in layers.items()}
 
 
 def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
@@ -243,7 +276,7 @@ def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, A
     for ours, theirs, way in found:
         values = way.theirs([tensors[name] for name in ours])
         result.update(zip((prefix + name for name in theirs), values, strict=True))
-    return result
+    return result if naming.stacked is None else _stacked(naming, result)
 
 
 def pairs(rules: Mapping[str, Names], before: tuple[str, str] = ("", "")) -> tuple[Rule, ...]:
@@ -344,6 +377,8 @@ def _attempt(
     family: Family, name: str, naming: Naming, shapes: Shapes, config: Mapping[str, Any], called: str
 ) -> tuple[Recognised, str | None]:
     """What the tensors are if they are this family's in this naming, and why they are not."""
+    if naming.stacked is not None:
+        shapes = {key: tuple(tensor.shape) for key, tensor in unstacked(naming, _hollow(shapes)).items()}
     names = max((sort(naming, shapes, prefix) for prefix in naming.prefixes), key=lambda names: names.matched)
     found = Recognised(family, name, None, {}, names)
     if not names.matched:
@@ -361,10 +396,12 @@ def _attempt(
         for key in given.keys() & expected.keys()
         if given[key] != expected[key]
     ]
+    once: set[str] = set()
+    doubled = [name for ours, theirs, _ in names.found if once & set(ours) or once.update(ours) for name in theirs]
     lacking = _in_their_names(naming, expected.keys() - given.keys() - set(naming.optional), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
-        unexpected=sorted([*names.unexpected, *(given.keys() - expected.keys()), *reshaped]),
+        unexpected=sorted([*names.unexpected, *doubled, *(given.keys() - expected.keys()), *reshaped]),
     )
     found = found._replace(size=size, config=switches, names=names)
     return found, _counts(names) if names.missing or names.unexpected else None
@@ -385,11 +422,16 @@ def _counts(names: Sorted) -> str:
     return ", ".join(parts)
 
 
-def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+def _hollow(shapes: Shapes) -> dict[str, Any]:
+    """Tensors that hold nothing."""
     import torch
 
-    hollow = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name.startswith(prefix)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+    hollow = _hollow({name: shape for name, shape in shapes.items() if name.startswith(prefix)})
     result: dict[str, tuple[int, ...]] = {}
     for ours, theirs, way in sort(naming, hollow, prefix).found:
         try:
