@@ -188,7 +188,7 @@ def _network(family: str, settings: Any) -> Backbone:
 
 _KEPT = (
     "heads", "eps", "activation", "qkv_bias", "layer_scale", "pre_norm", "patch_bias", "cls", "cls_position",
-    "registers", "mean", "std", "position_offset", "position_antialias", "rope_rounded",
+    "registers", "mean", "std", "position_offset", "position_antialias", "position_linear", "rope_rounded",
 )  # fmt: skip
 """Switches that a published ViT keeps wherever its weights go on: with others they would be another function."""
 

@@ -61,7 +61,7 @@ TOKEN = Way(lambda theirs: [theirs[0][None, None]], lambda ours: [ours[0][0, 0]]
 """[D] to [1 1 D]."""
 UNBATCH = Way(lambda theirs: [theirs[0][0]], lambda ours: [ours[0][None]])
 """They have an axis more: [1 1 D] to [1 D]."""
-TRANSPOSED = Way(lambda theirs: [theirs[0].T.contiguous()], lambda ours: [ours[0].T.contiguous()])
+TRANSPOSED = Way(lambda theirs: [theirs[0].t().contiguous()], lambda ours: [ours[0].t().contiguous()])
 
 Names = str | tuple[str, ...]
 Rule = tuple[Names, Names] | tuple[Names, Names, Way]

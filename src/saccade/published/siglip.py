@@ -19,6 +19,7 @@ from saccade.errors import SaccadeError
 from saccade.published import (
     APACHE,
     QUERY_REST,
+    SAME,
     TRANSPOSED,
     Family,
     Naming,
@@ -88,9 +89,9 @@ def _matrices(count: int) -> Way:
 
     def theirs(ours: list[Any]) -> list[Any]:
         width = ours[0].shape[1]
-        return [part.T.reshape(width, _heads(width), -1) for part in ours[0].chunk(count)]
+        return [part.t().reshape(width, _heads(width), -1) for part in ours[0].chunk(count)]
 
-    return Way(lambda theirs: _rows([kernel.flatten(1).T for kernel in theirs]), theirs)
+    return Way(lambda theirs: _rows([kernel.flatten(1).t() for kernel in theirs]), theirs)
 
 
 def _vectors(count: int) -> Way:
@@ -108,10 +109,10 @@ def _rows(parts: list[Any]) -> list[Any]:
 
 def _back(ours: list[Any]) -> list[Any]:
     width = len(ours[0])
-    return [ours[0].T.reshape(_heads(width), -1, width)]
+    return [ours[0].t().reshape(_heads(width), -1, width)]
 
 
-_OUT = Way(lambda theirs: [theirs[0].flatten(0, 1).T.contiguous()], _back)
+_OUT = Way(lambda theirs: [theirs[0].flatten(0, 1).t().contiguous()], _back)
 _MIXER = "MultiHeadDotProductAttention_0/"
 
 
@@ -147,11 +148,11 @@ def _layer(ours: str, theirs: str, norm: str, projection: str) -> tuple[Rule, ..
 _BLOCK, _LAYER, _MAP = "blocks.{n}.", "Transformer/encoderblock_{n}/", "MAPHead_0/"
 
 
-def big_vision(patches: Way, stacked: bool) -> Naming:
-    """The names of the authors' own files; `patches` is how the patch embedding's kernel becomes a convolution's."""
+def big_vision(patches: Way, stacked: bool, table: Way = SAME) -> Naming:
+    """The names of the authors' own files, and how the patch embedding's kernel and the positions become ours."""
     return Naming(
         rules=(
-            ("pos_embed", "pos_embedding"),
+            ("pos_embed", "pos_embedding", table),
             ("patch_embed.proj.weight", "embedding/kernel", patches),
             ("patch_embed.proj.bias", "embedding/bias"),
             *_norm(f"{_BLOCK}norm1", f"{_LAYER}LayerNorm_0"),
