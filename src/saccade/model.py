@@ -26,7 +26,8 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
         switches = config.backbone() | (weights.switches(start) if start else {})
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
         record = weights.load_state(backbone, start) if start else {"weights": "random", "seed": config.seed}
-        return page.method(config, backbone, {}), record
+        method = page.method(config, backbone, {})
+        return method, record | (weights.load_decoder(method, backbone, start) if start else {})
 
 
 def precision_of(asked: str, device: torch.device) -> torch.dtype:

@@ -124,6 +124,21 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """What files of a family may hold beside the encoder, for a recipe that has the same to go on with.
+
+    `namings` lead to the names that the recipe's method gives its tensors; `positions` is the name of a table that a
+    method computes; the number of `heads` is in no tensor, but may be in a config.json (`heads_key`); `note` is said.
+    """
+
+    namings: tuple[Naming, ...]
+    positions: str
+    heads: int
+    heads_key: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of a family of checkpoints. `terms` is one sentence where the licence is not a free one.
 
@@ -145,6 +160,7 @@ class Family:
     network: str = "vit"
     read: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] | None = None
     signs: tuple[str, ...] = ()
+    decoder: Decoder | None = None
 
 
 class Sorted(NamedTuple):
@@ -236,6 +252,13 @@ def to_ours(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any
     for ours, theirs, way in sort(naming, tensors, prefix).found:
         result.update(zip(ours, way.ours([tensors[name] for name in theirs]), strict=True))
     return result
+
+
+def decoder_of(decoder: Decoder, tensors: Tensors) -> dict[str, Any]:
+    """The tensors of a decoder by the names of a method; none where a file has none."""
+    ways = [(sort(naming, tensors, prefix), naming) for naming in decoder.namings for prefix in naming.prefixes]
+    names, naming = max(ways, key=lambda way: way[0].matched)
+    return to_ours(naming, tensors, names.prefix)
 
 
 def unstacked(naming: Naming, tensors: Tensors) -> Tensors:
