@@ -17,7 +17,7 @@ from saccade.published import mae
 
 transformers = pytest.importorskip("transformers")
 
-ENCODER = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+ENCODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 DECODER = {
     "decoder_hidden_size": 32,
     "decoder_num_hidden_layers": 2,
@@ -26,6 +26,12 @@ DECODER = {
 }
 FACTS = {"image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-6}
 CONFIG = {"arch": "vit-ti/8", "image_size": 32, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit-ti as small as their network here."""
+    monkeypatch.setitem(vit.SIZES, "ti", {"width": 64, "depth": 2, "heads": 4, "hidden": 96})
 
 
 def theirs(**changes: Any) -> Any:
@@ -37,7 +43,7 @@ def theirs(**changes: Any) -> Any:
             if "pos" not in name:
                 noise = torch.randn(tensor.shape, generator=generator)
                 tensor.copy_(noise * (0.1 if tensor.ndim > 1 else 0.3) + ("norm" in name and name.endswith("weight")))
-        network.vit.embeddings.position_embeddings[0, 1:] = vit.sincos((4, 4), 192)  # as in every released file
+        network.vit.embeddings.position_embeddings[0, 1:] = vit.sincos((4, 4), 64)  # as in every released file
         network.decoder.decoder_pos_embed[0, 1:] = vit.sincos((4, 4), 32)
     return network.eval()
 
@@ -127,7 +133,7 @@ def official(saved: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_the_authors_file(nested: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(mae.FAMILY.sizes, "vit-ti/8", published.Size(192, 12, 3, 768, 8, 32, 0))
+    monkeypatch.setitem(mae.FAMILY.sizes, "vit-ti/8", published.Size(64, 2, 4, 96, 8, 32, 0))
     tensors = official(saved)
     torch.save({"model": tensors} if nested else tensors, tmp_path / "mae_visualize_vit_tiny.pth")
     sixteen = theirs(decoder_num_attention_heads=16)

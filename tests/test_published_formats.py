@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_published_clip import _apart, _images, _model, _official_clip, _ours, _plain, _theirs
 from torch import Tensor, nn
 
-from saccade import published, weights
+from saccade import published, vit, weights
 from saccade.errors import SaccadeError
 from saccade.tensors import read_tensors
 
@@ -300,6 +301,57 @@ def test_a_hostile_archive_is_refused_and_nothing_runs(tmp_path: Path) -> None:
     rewritten(path, "/byteorder", b"big")
     assert "big-endian" in refusal(path)
     assert not sprung.exists()
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "a list for a name": {"model_type": ["vit_mae"]},
+    "a family of another": {"model_type": "dinov2"},
+    "a billion blocks": {"num_hidden_layers": 10**9},
+    "words for numbers": {"num_hidden_layers": "two", "num_attention_heads": "four"},
+    "no heads": {"num_attention_heads": 0},
+    "less than none": {"num_attention_heads": -4, "num_hidden_layers": -2},
+    "heads that do not fit": {"num_attention_heads": 5},
+    "a number for a part": {"vision_config": 3},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_config_json_that_says_what_cannot_be(case: str, tmp_path: Path) -> None:
+    """Refused by name, at once, and nothing of it believed."""
+    path = _saved("siglip", tmp_path).parent / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ODD[case]))
+    assert "saved" not in refusal(path.parent)
+
+
+@pytest.mark.parametrize("settings", [{"pretrained_cfg": 7}, {"pretrained_cfg": {"mean": 3}}, {"architecture": [1]}])
+def test_what_timm_says_may_be_nonsense(settings: dict[str, Any], tmp_path: Path) -> None:
+    tensors = _plain(load_file(_saved("timm-vit", tmp_path)))
+    (tmp_path / "vit_given").mkdir()
+    (tmp_path / "vit_given" / "config.json").write_text(json.dumps({"num_attention_heads": 4} | settings))
+    save_file(tensors, tmp_path / "vit_given" / "model.safetensors")
+    if "architecture" in settings:
+        assert weights.load(tmp_path / "vit_given").record["family"] == "timm-vit"
+    else:
+        refusal(tmp_path / "vit_given")
+
+
+def test_a_name_that_asks_for_a_billion_blocks(tmp_path: Path) -> None:
+    save_file({"blocks.999999999.norm1.weight": torch.ones(3)}, tmp_path / "dino.safetensors")
+    assert "not a whole encoder" in refusal(tmp_path / "dino.safetensors")
+    tensors = _plain(load_file(_saved("timm-vit", tmp_path)))
+    save_file(tensors | {"blocks.999999999.norm1.weight": torch.ones(32)}, tmp_path / "dino.safetensors")
+    assert "1000000000 blocks" in refusal(tmp_path / "dino.safetensors")
+    np.savez(tmp_path / "a.npz", **{"params/img/Transformer/encoderblock/LayerNorm_0/scale": np.ones((10**9, 0))})
+    assert "not a whole encoder" in refusal(tmp_path / "a.npz") or "none of its" in refusal(tmp_path / "a.npz")
+
+
+def test_what_is_refused_leaves_a_network_as_it_was(tmp_path: Path) -> None:
+    encoder = weights.load(_saved("timm-vit", tmp_path).parent.rename(tmp_path / "vit_given"))
+    network = vit.ViT(encoder.backbone.config.model_copy(update={"depth": 3}))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(SaccadeError, match="12 missing"):
+        weights.load_state(network, encoder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 def checkpoint(kind: str, wanted: dict[str, Tensor]) -> tuple[dict[str, Any], str]:

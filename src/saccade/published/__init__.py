@@ -268,7 +268,7 @@ def unstacked(naming: Naming, tensors: Tensors) -> Tensors:
         return tensors
     result: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        layers = len(tensor) if folder in name and tensor.ndim else 0
+        layers = len(tensor) if folder in name and tensor.ndim and tensor.numel() else 0
         names = [name.replace(folder, f"{naming.stacked}_{layer}/") for layer in range(layers)]
         result |= dict(zip(names, tensor, strict=True)) if names else {name: tensor}
     return result
@@ -372,7 +372,7 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
             path=called,
             hint=f"name the file or its folder so that it says which: {signs}",
         )
-    found, reason = max(attempts, key=lambda attempt: _likeness(attempt[0].names))
+    found, reason = max(attempts, key=lambda attempt: (bool(attempt[0].config), _likeness(attempt[0].names)))
     names = found.names
     if not names.matched:
         raise SaccadeError(
@@ -389,7 +389,7 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
 
 def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
     kinds = {kind for naming in family.namings.values() for kind in naming.model_types}
-    return "model_type" not in config or config["model_type"] in kinds
+    return "model_type" not in config or str(config["model_type"]) in kinds
 
 
 def _likeness(names: Sorted) -> float:
@@ -412,7 +412,7 @@ def _attempt(
         expected = _expected(family, switches)
     except SaccadeError as error:
         return found, f"{_counts(names)}; {error.error}"
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return found, f"{_counts(names)}; what tells its size is missing or of another shape"
     reshaped = [
         f"{key} {given[key]} for {expected[key]}"
@@ -527,12 +527,15 @@ def _numbers(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, int]:
     """What tensors tell of a ViT: width, depth, hidden, patch. The depth is config.json's where there is one."""
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     blocks = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
+    depth = config.get("num_hidden_layers", 1 + max(blocks))
+    if depth > len(shapes):  # before a network as deep is built to compare with
+        raise SaccadeError(f"it says that it has {depth} blocks, and has {len(shapes)} tensors")
     first = next(
         name for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w1.weight", "") if name in shapes or not name
     )
     return {
         "width": width,
-        "depth": config.get("num_hidden_layers", 1 + max(blocks)),
+        "depth": depth,
         "hidden": shapes[first][0],
         "patch": patch,
     }
