@@ -28,7 +28,8 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
         record = {"weights": "random", "seed": config.seed}
         if start:
             record = {**weights.load_state(backbone, start), "derived_from": weights.origins(start.record)}
-        return page.method(config, backbone, {}), record
+        method = page.method(config, backbone, {})
+        return method, record | (weights.load_decoder(method, backbone, start) if start else {})
 
 
 def precision_of(asked: str, device: torch.device) -> torch.dtype:

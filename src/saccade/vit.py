@@ -93,6 +93,7 @@ class ViTConfig(Settings):
     cls_position: bool = Field(True, description="the learned table has a row for the class token")
     position_offset: float = Field(0.0, ge=0, lt=1, description="added to the sides that a learned table is resized to")
     position_antialias: bool = Field(False, description="a learned table is resized with antialiasing")
+    position_linear: bool = Field(False, description="a learned table is resized linearly, not bicubically (NaFlex)")
     rope_rounded: bool = Field(False, description="RoPE's periods are rounded to bfloat16 (DINOv3)")
     pooling: Literal["cls", "mean", "map"] = Field(
         "cls", description="the one vector: class token, mean patch, attention"
@@ -522,7 +523,8 @@ class ViT(nn.Module):
         table = table.unflatten(1, self.config.grid).movedim(-1, 1)
         offset, sides = self.config.position_offset, zip(grid, self.config.grid, strict=True)
         to = {"scale_factor": [(n + offset) / native for n, native in sides]} if offset else {"size": grid}
-        mode, smooth = "bicubic" if len(grid) == 2 else "trilinear", self.config.position_antialias
+        plane = "bilinear" if self.config.position_linear else "bicubic"
+        mode, smooth = plane if len(grid) == 2 else "trilinear", self.config.position_antialias
         table = F.interpolate(table, mode=mode, antialias=smooth, align_corners=False, **to)
         return table.flatten(2).transpose(1, 2)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade import hub, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
@@ -25,7 +26,8 @@ from saccade.hub import CONFIG, SHARDS, WEIGHTS
 from saccade.hub import PICKLE as BIN
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
-from saccade.tensors import PICKLES, hash_of, read_tensors
+from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
+from saccade.vit import Attention, sincos
 
 FORMAT = "saccade-backbone-1"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -164,12 +166,16 @@ def _finish(
 
 
 def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
-    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name."""
+    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name.
+
+    `prefix` stands before the names of what was taken: which of several networks in a file that is.
+    """
     family = found.family
     return {
         "family": family.name,
         "arch": found.size,
         "naming": found.naming,
+        "prefix": found.names.prefix,
         "size": network.config.image_size,
         "pooling": network.config.pooling,
         "mean": list(network.config.mean),
@@ -183,6 +189,7 @@ def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any
         "unexpected": [],
         "reshaped": sorted(name for ours, _, way in found.names.found if way is not published.SAME for name in ours),
         "ignored": found.names.ignored,
+        "preprocess": asdict(family.preprocess),
     }
 
 
@@ -273,6 +280,50 @@ def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
     return record
 
 
+def load_decoder(method: nn.Module, backbone: nn.Module, encoder: Encoder) -> dict[str, Any]:
+    """Gives a method the decoder that stands beside a published encoder, if it has such a one; returns what to record.
+
+    Where the method has another one, that starts afresh, and stderr says why. Raises `SaccadeError` for NaN in it.
+    """
+    family = published.families().get(encoder.record["family"])
+    inside = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
+    own = {name: tensor for name, tensor in method.state_dict(keep_vars=True).items() if id(tensor) not in inside}
+    if family is None or family.decoder is None or not own:
+        return {}
+    fetched = hub.find(encoder.record["path"], None, None)
+    folder, files = _find(encoder.record["path"] if fetched is None else fetched.folder)
+    decoder, place = family.decoder, Path(encoder.record["path"])
+    tensors = published.decoder_of(decoder, {key: x for file in files for key, x in read_tensors(file).items()})
+    if not own.keys() & tensors.keys():
+        return {}
+    _refuse_numbers(tensors, place)
+    heads = _config(folder / CONFIG).get(decoder.heads_key, decoder.heads)
+    ours = {
+        part.heads for part in method.modules() if isinstance(part, Attention) and id(part.qkv.weight) not in inside
+    }
+    table = tensors.pop(decoder.positions, None)
+    reason = _differences(own, tensors) or (f"it has {heads} heads" if ours != {heads} else "")
+    if not reason and table is not None and not _fixed(table):
+        reason = "its positions are not the fixed ones"
+    if reason:
+        say(f"saccade: {place} has a decoder that is not this recipe's, which starts afresh: {reason}")
+        return {"decoder": {"matched": 0, "reason": reason}}
+    method.load_state_dict(tensors, strict=False)
+    say(f"saccade: goes on with the decoder of {place}; {decoder.note}")
+    return {"decoder": {"matched": len(tensors), "note": decoder.note}}
+
+
+def _fixed(table: Tensor) -> bool:
+    """Whether a table [1 1+N D] holds the numbers of the formula, and none for the class token."""
+    side = math.isqrt(table.shape[1] - 1)
+    formula = sincos((side, side), table.shape[2]).float()
+    return (
+        len(formula) == table.shape[1] - 1
+        and not table[:, 0].any()
+        and torch.allclose(table[0, 1:], formula, atol=1e-4)
+    )
+
+
 def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
     """The folder with config.json, and the files of tensors."""
     place = Path(backbone).expanduser()
@@ -291,7 +342,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ARRAYS, *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"
@@ -355,22 +406,25 @@ def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]
 
 def _into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
     """Copies tensors into a backbone. Raises `SaccadeError` when names or shapes differ."""
-    own = network.state_dict()
+    if differences := _differences(network.state_dict(), tensors):
+        raise SaccadeError(
+            f"{path} is a checkpoint of another architecture: {differences}",
+            path=path,
+            hint="give the --arch and --image-size that it was trained with",
+        )
+    network.load_state_dict(tensors)
+
+
+def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Names and shapes that are not alike, counted; nothing where all are."""
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     reshaped = [
         f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
         for name in own.keys() & tensors.keys()
         if tensors[name].shape != own[name].shape
     ]
-    differences = [
+    return "; ".join(
         f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("reshaped", sorted(reshaped)))
         if names
-    ]
-    if differences:
-        raise SaccadeError(
-            f"{path} is a checkpoint of another architecture: {'; '.join(differences)}",
-            path=path,
-            hint="give the --arch and --image-size that it was trained with",
-        )
-    network.load_state_dict(tensors)
+    )

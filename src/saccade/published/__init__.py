@@ -59,7 +59,7 @@ TOKEN = Way(lambda theirs: [theirs[0][None, None]], lambda ours: [ours[0][0, 0]]
 """[D] to [1 1 D]."""
 UNBATCH = Way(lambda theirs: [theirs[0][0]], lambda ours: [ours[0][None]])
 """They have an axis more: [1 1 D] to [1 D]."""
-TRANSPOSED = Way(lambda theirs: [theirs[0].T.contiguous()], lambda ours: [ours[0].T.contiguous()])
+TRANSPOSED = Way(lambda theirs: [theirs[0].t().contiguous()], lambda ours: [ours[0].t().contiguous()])
 
 Names = str | tuple[str, ...]
 Rule = tuple[Names, Names] | tuple[Names, Names, Way]
@@ -72,7 +72,8 @@ class Naming:
 
     `prefixes` may stand before every name, the wanted one first where several do; `ignored` are regular expressions of
     names that belong to no encoder (heads, decoders); `optional` are our names, numbers in braces too, that may be
-    missing; `model_types` are what a transformers config.json says.
+    missing; `model_types` are what a transformers config.json says. `stacked` is the folder that holds all layers in
+    one tensor each, along a leading axis: `layer/x` for the rules' `layer_0/x`, `layer_1/x`, …
     """
 
     rules: tuple[Rule, ...]
@@ -80,6 +81,7 @@ class Naming:
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
+    stacked: str | None = None
 
     def needed(self, ours: Iterable[str]) -> set[str]:
         """Those of our names that may not be missing."""
@@ -144,6 +146,21 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """What files of a family may hold beside the encoder, for a recipe that has the same to go on with.
+
+    `namings` lead to the names that the recipe's method gives its tensors; `positions` is the name of a table that a
+    method computes; the number of `heads` is in no tensor, but may be in a config.json (`heads_key`); `note` is said.
+    """
+
+    namings: tuple[Naming, ...]
+    positions: str
+    heads: int
+    heads_key: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of a family of checkpoints. `terms` is one sentence where the licence is not a free one.
 
@@ -169,6 +186,7 @@ class Family:
     signs: tuple[str, ...] = ()
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     figures_source: str | None = None
+    decoder: Decoder | None = None
 
 
 class Sorted(NamedTuple):
@@ -222,6 +240,8 @@ def _apply(rules: Iterable[tuple[list[str], list[str], Way]], names: set[str]) -
             if match
         }
         for numbers in sorted(bound, key=lambda pairs: [int(number) for _, number in pairs]):
+            if any(name not in dict(numbers) for part in target for name in re.findall(r"{(\w+)}", part)):
+                continue  # a rule of one way: it drops a number that nothing could give back
             sources, targets = ([name.format(**dict(numbers)) for name in side] for side in (source, target))
             lacking = set(sources) - names
             missing |= lacking
@@ -253,10 +273,46 @@ def sort(naming: Naming, names: Iterable[str], prefix: str = "") -> Sorted:
 
 def to_ours(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
     """Their tensors by our names. What the naming does not know is left out; `sort` says what that is."""
+    tensors = unstacked(naming, tensors)
     result: dict[str, Any] = {}
     for ours, theirs, way in sort(naming, tensors, prefix).found:
         result.update(zip(ours, way.ours([tensors[name] for name in theirs]), strict=True))
     return result
+
+
+def decoder_of(decoder: Decoder, tensors: Tensors) -> dict[str, Any]:
+    """The tensors of a decoder by the names of a method; none where a file has none."""
+    ways = [(sort(naming, tensors, prefix), naming) for naming in decoder.namings for prefix in naming.prefixes]
+    names, naming = max(ways, key=lambda way: way[0].matched)
+    return to_ours(naming, tensors, names.prefix)
+
+
+def unstacked(naming: Naming, tensors: Tensors) -> Tensors:
+    """Every layer under its own name, where the naming keeps them in one tensor. A number has no layers and stays."""
+    folder = f"{naming.stacked}/"
+    if naming.stacked is None or not any(folder in name for name in tensors):
+        return tensors
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        layers = len(tensor) if folder in name and tensor.ndim and tensor.numel() else 0
+        names = [name.replace(folder, f"{naming.stacked}_{layer}/") for layer in range(layers)]
+        result |= dict(zip(names, tensor, strict=True)) if names else {name: tensor}
+    return result
+
+
+def _stacked(naming: Naming, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What `unstacked` was given."""
+    import torch
+
+    layers: dict[str, dict[int, Any]] = {}
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if found := re.search(rf"{naming.stacked}_(\d+)/", name):
+            together = name.replace(found[0], f"{naming.stacked}/")
+            layers.setdefault(together, {})[int(found[1])] = tensor
+        else:
+            result[name] = tensor
+    return result | {name: torch.stack([every[n] for n in sorted(every)]) for name, every in layers.items()}
 
 
 def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
@@ -269,7 +325,7 @@ def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, A
     for ours, theirs, way in found:
         values = way.theirs([tensors[name] for name in ours])
         result.update(zip((prefix + name for name in theirs), values, strict=True))
-    return result
+    return result if naming.stacked is None else _stacked(naming, result)
 
 
 def pairs(rules: Mapping[str, Names], before: tuple[str, str] = ("", "")) -> tuple[Rule, ...]:
@@ -344,7 +400,7 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
             path=called,
             hint=f"name the file or its folder so that it says which: {signs}",
         )
-    found, reason = max(attempts, key=lambda attempt: _likeness(attempt[0].names))
+    found, reason = max(attempts, key=lambda attempt: (bool(attempt[0].config), _likeness(attempt[0].names)))
     names = found.names
     if not names.matched:
         raise SaccadeError(
@@ -371,7 +427,7 @@ def _is_half(found: Recognised, reason: str | None, called: str) -> bool:
 
 def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
     kinds = {kind for naming in family.namings.values() for kind in naming.model_types}
-    return "model_type" not in config or config["model_type"] in kinds
+    return "model_type" not in config or str(config["model_type"]) in kinds
 
 
 def _likeness(names: Sorted) -> float:
@@ -382,6 +438,8 @@ def _attempt(
     family: Family, name: str, naming: Naming, shapes: Shapes, config: Mapping[str, Any], called: str
 ) -> tuple[Recognised, str | None]:
     """What the tensors are if they are this family's in this naming, and why they are not."""
+    if naming.stacked is not None:
+        shapes = {key: tuple(tensor.shape) for key, tensor in unstacked(naming, _hollow(shapes)).items()}
     names = max((sort(naming, shapes, prefix) for prefix in naming.prefixes), key=lambda names: names.matched)
     found = Recognised(family, name, None, {}, names)
     if not names.matched:
@@ -392,17 +450,19 @@ def _attempt(
         expected = _expected(family, switches)
     except SaccadeError as error:
         return found, f"{_counts(names)}; {error.error}"
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return found, f"{_counts(names)}; what tells its size is missing or of another shape"
     reshaped = [
         f"{key} {given[key]} for {expected[key]}"
         for key in given.keys() & expected.keys()
         if given[key] != expected[key]
     ]
+    once: set[str] = set()
+    doubled = [name for ours, theirs, _ in names.found if once & set(ours) or once.update(ours) for name in theirs]
     lacking = _in_their_names(naming, naming.needed(expected.keys() - given.keys()), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
-        unexpected=sorted([*names.unexpected, *(given.keys() - expected.keys()), *reshaped]),
+        unexpected=sorted([*names.unexpected, *doubled, *(given.keys() - expected.keys()), *reshaped]),
     )
     found = found._replace(size=size, config=switches, names=names)
     return found, _counts(names) if names.missing or names.unexpected else None
@@ -423,11 +483,16 @@ def _counts(names: Sorted) -> str:
     return ", ".join(parts)
 
 
-def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+def _hollow(shapes: Shapes) -> dict[str, Any]:
+    """Tensors that hold nothing."""
     import torch
 
-    hollow = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name.startswith(prefix)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+    hollow = _hollow({name: shape for name, shape in shapes.items() if name.startswith(prefix)})
     result: dict[str, tuple[int, ...]] = {}
     for ours, theirs, way in sort(naming, hollow, prefix).found:
         try:
@@ -542,12 +607,15 @@ def _numbers(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, int]:
     """What tensors tell of a ViT: width, depth, hidden, patch. The depth is config.json's where there is one."""
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     blocks = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
+    depth = config.get("num_hidden_layers", 1 + max(blocks))
+    if depth > len(shapes):  # before a network as deep is built to compare with
+        raise SaccadeError(f"it says that it has {depth} blocks, and has {len(shapes)} tensors")
     first = next(
         name for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w1.weight", "") if name in shapes or not name
     )
     return {
         "width": width,
-        "depth": config.get("num_hidden_layers", 1 + max(blocks)),
+        "depth": depth,
         "hidden": shapes[first][0],
         "patch": patch,
     }

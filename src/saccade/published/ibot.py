@@ -23,6 +23,7 @@ OFFICIAL = Naming(
         "teacher.",
         "student.module.backbone.",
         "student.backbone.",
+        "student.",
         "module.backbone.",
         "backbone.",
         "module.",
