@@ -68,6 +68,18 @@ def test_rows_are_what_the_encoder_says(tmp_path: Path, backbone: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("tokens", "computed"), [(("cls",), "cls"), (("mean",), "patches"), (("mean", "cls"), "all")])
+def test_only_what_is_asked_for_is_computed(
+    tmp_path: Path, backbone: Path, tokens: tuple[str, ...], computed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, forward = [], vit.ViT.forward
+    monkeypatch.setattr(
+        vit.ViT, "forward", lambda *a, tokens="all", **k: asked.append(tokens) or forward(*a, tokens=tokens, **k)
+    )
+    embed(backbone, folder(tmp_path / "data", 3), out=tmp_path / "index", tokens=tokens)
+    assert asked == [computed]
+
+
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
 def test_stopped_between_any_batches_it_ends_with_the_same_bytes(
     tmp_path: Path, backbone: Path, after: int, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from saccade.data import Source, fingerprint, keep_memory
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable, nearest
+from saccade.linear import packing
 from saccade.search import FORMAT, KEYS, QUARANTINE, STATE, Index, read_state
 from saccade.sources import open_source
 from saccade.vit import Features
@@ -122,13 +123,18 @@ def pooled(features: Features, token: str) -> Float[Tensor, "b ..."]:
     return features.cls
 
 
+def _computed(tokens: Sequence[str]) -> Literal["all", "cls", "patches"]:
+    """What the network must compute for these kinds of tokens."""
+    return "patches" if "cls" not in tokens else "cls" if set(tokens) == {"cls"} else "all"
+
+
 @contextlib.contextmanager
 def examining(encoder: Encoder) -> Iterator[torch.device]:
     """The encoder as it is used after training, without gradients; yields where it lives, and gives its mode back."""
     training = encoder.training
     encoder.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), packing(encoder):
             yield encoder.device
     finally:
         encoder.train(training)
@@ -270,7 +276,7 @@ def _write(place: Path, state: dict[str, Any], encoder: Encoder, source: Source,
             source, [encoder.preprocess], rows=rows, batch=state["batch"], workers=workers, words="embedding"
         ):
             if found.rows:
-                features = encoder(found.views[0].to(where))
+                features = encoder(found.views[0].to(where), tokens=_computed(state["tokens"]))
                 for token, array in arrays.items():
                     array[found.rows] = pooled(features, token).float().cpu().numpy()
             for row, key, reason in found.failures:

@@ -256,10 +256,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        if self.activation == "gelu_quick":
-            return self.fc2(x * torch.sigmoid(1.702 * x))
-        return self.fc2(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+        return self.fc2(self.fc1(x, self.activation))
 
 
 class SwiGLU(nn.Module):
@@ -289,21 +286,21 @@ class Rotation(nn.Module):
         self.periods.copy_(periods.bfloat16() if self.rounded else periods)
 
     def forward(self, grid: tuple[int, ...], still: int) -> tuple[Tensor, Tensor]:
-        """Sines and cosines [1 still+N head]; the first `still` tokens are not turned."""
+        """Sines, those of the first half negative, and cosines [1 still+N head]; the first `still` are not turned."""
         device, dtype = self.periods.device, self.periods.dtype
         sides = torch.tensor(grid, device=device, dtype=dtype)
         coordinates = (places(grid, device).to(dtype) + 0.5) / sides * 2 - 1
         angles = (2 * math.pi * coordinates[..., None] / self.periods).flatten(1)  # [N axes*count]
         angles = F.pad(angles, (0, self.head // 2 - angles.shape[1], still, 0))[None]
-        angles = torch.cat([angles, angles], -1)
-        return angles.sin(), angles.cos()
+        sine, cosine = angles.sin(), angles.cos()
+        return torch.cat([-sine, sine], -1), torch.cat([cosine, cosine], -1)
 
 
 def rotate(x: Float[Tensor, "b h n e"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n e"]:
     """Turn queries or keys by their positions; `rope` as from `Rotation`, [1 or B, N, E]."""
     sine, cosine = (part[:, None] for part in rope)
     first, second = x.chunk(2, -1)
-    return (x * cosine + torch.cat([-second, first], -1) * sine).to(x.dtype)
+    return torch.addcmul(x * cosine, torch.cat([second, first], -1), sine).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -328,7 +325,7 @@ class Attention(nn.Module):
         """Queries of the chosen tokens, keys and values of all: [B heads N D/heads]."""
         width, bias = x.shape[-1], self._bias()
         if rows is None:
-            query, key, value = linear(x, self.qkv.weight, bias).split(width, -1)
+            query, key, value = linear(x, self.qkv.weight, bias, packed=self.qkv.packed).split(width, -1)
         else:
             weight = self.qkv.weight
             query = linear(take(x, rows), weight[:width], None if bias is None else bias[:width])

@@ -59,7 +59,7 @@ class Live:
         if apart.all() or not apart.any() or len(labels[torch.from_numpy(~apart)].unique()) < 2:
             raise SaccadeError("too few labelled pictures could be read", path="--eval", code=1)
         with examining(encoder) as where:
-            vectors = torch.cat([encoder.embedding(encoder(part.to(where))).float() for part in self._pictures])
+            vectors = torch.cat([encoder.backbone.pooled(part.to(where)).float() for part in self._pictures])
         vectors, classes, held = vectors.clone(), len(self._data.classes), torch.from_numpy(apart).to(vectors.device)
         if not torch.isfinite(vectors).all():
             return {"knn": 0.0, "linear": 0.0}
