@@ -113,9 +113,9 @@ def contenders(family: str, batch: int, threads: int, int8: str | None, stack: c
         model.save_pretrained(folder)
         encoder = saccade.load(folder)
     images = encoder.backbone.normalise(pictures)
-    stack.enter_context(examining(encoder))
+    look = stack.enter_context(examining(encoder))
     ready: dict[str, Step] = {
-        "saccade": lambda: encoder(pictures, tokens="cls").cls,
+        "saccade": lambda: look(pictures, tokens="cls").cls,
         "transformers sdpa": lambda: model(images).last_hidden_state[:, 0],
     }
     if installed("timm"):

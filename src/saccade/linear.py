@@ -1,4 +1,4 @@
-"""The linear layer, by the faster of two libraries where a CPU has both."""
+"""The linear layer and attention, by the faster of two libraries where a CPU has both."""
 
 from __future__ import annotations
 
@@ -87,6 +87,36 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "... i"], activation: Activation = "none") -> Float[Tensor, "... o"]:
         return linear(x, self.weight, self.bias, activation, self.packed)
+
+
+def attend(
+    query: Float[Tensor, "b h q e"], key: Float[Tensor, "b h n e"], value: Float[Tensor, "b h n e"]
+) -> Float[Tensor, "b h q e"]:
+    """`F.scaled_dot_product_attention`; on one thread without gradients by oneDNN, 1.2 to 1.5 times as fast.
+
+    oneDNN's batched product is out of reach from Python, but a convolution of one pixel with a group for each head is
+    the same. More threads would wait for each other in every such product; few tokens are not worth the calls, and
+    for very many the scores would not fit into a cache.
+    """
+    _, heads, count, width = key.shape
+    plain = key.device.type != "cpu" or key.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    plain = plain or torch.is_grad_enabled() or torch.get_num_threads() > 1 or torch.compiler.is_compiling()
+    if _MATRIX is None or plain or query.shape != key.shape or width < 32 or not 192 <= count <= 1536:
+        return F.scaled_dot_product_attention(query, key, value)
+    queries = (query * width**-0.5).transpose(1, 2).flatten(2)  # [B N heads*E]
+    found = []
+    for one, keys, values in zip(queries, key, value, strict=True):
+        scores = _by_groups(one, keys.reshape(-1, width), heads).unflatten(1, (heads, count)).softmax(-1)
+        found.append(_by_groups(scores.flatten(1), values.mT.reshape(-1, count), heads))
+    return torch.stack(found).unflatten(-1, (heads, width)).transpose(1, 2)
+
+
+def _by_groups(x: Float[Tensor, "n i"], weight: Float[Tensor, "o e"], groups: int) -> Float[Tensor, "n o"]:
+    """Equal parts of each row of `x` times equal parts of the rows of `weight`."""
+    image = x[None, :, None].permute(0, 3, 1, 2)  # [1 i N 1], channels last by its strides: another way is slower
+    convolve = torch.ops.mkldnn._convolution_pointwise
+    found = convolve(image, weight[..., None, None], None, [0, 0], [1, 1], [1, 1], groups, "none", [], "")
+    return found[0, :, :, 0].mT
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saccade.draws import Stream
 from saccade.errors import SaccadeError, nearest
-from saccade.linear import Linear, linear
+from saccade.linear import Linear, attend, linear
 from saccade.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -337,7 +337,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Tensor:
-        x = F.scaled_dot_product_attention(*self._project(x, rope, rows))
+        x = attend(*self._project(x, rope, rows))
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Float[Tensor, "b h k n"]:
