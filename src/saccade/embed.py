@@ -33,6 +33,8 @@ from saccade.vit import Features
 from saccade.weights import load
 
 TOKENS = ("cls", "mean", "patches")
+Tokens = Literal["all", "cls", "patches"]
+_SHARED_FROM = 64  # pixels a side; below it a network is so quick that handing pictures over costs more
 _SAVE_SECONDS = 2.0
 
 
@@ -129,10 +131,6 @@ def _computed(tokens: Sequence[str]) -> Tokens:
     return "patches" if "cls" not in tokens else "cls" if set(tokens) == {"cls"} else "all"
 
 
-Tokens = Literal["all", "cls", "patches"]
-_SHARED_FROM = 64  # pixels a side; below it a network is so quick that handing pictures over costs more
-
-
 class Look:
     """Pictures to `Features`. On a CPU every thread computes pictures of its own: so none waits for another."""
 
@@ -164,8 +162,7 @@ def examining(encoder: Encoder) -> Iterator[Look]:
     training, count = encoder.training, torch.get_num_threads()
     encoder.eval()
     try:
-        # what torch says of threads holds for the one that says it
-        with (
+        with (  # torch's number of threads is that of the thread that sets it
             torch.inference_mode(),
             packing(encoder),
             ThreadPoolExecutor(count, "look", torch.set_num_threads, (1,)) as threads,
