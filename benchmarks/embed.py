@@ -94,9 +94,9 @@ def int8_step(path: str, pictures: Tensor, threads: int) -> Step:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    asked = session.get_inputs()[0]
-    ready = (pictures if asked.type == "tensor(uint8)" else pictures.float() / 255).numpy()
-    return lambda: session.run(None, {asked.name: ready})[0]
+    asked, said = session.get_inputs()[0].name, session.get_outputs()[0].name
+    ready = (pictures.float() / 255).numpy()
+    return lambda: session.run([said], {asked: ready})[0]
 
 
 def installed(name: str) -> bool:
