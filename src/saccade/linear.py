@@ -99,8 +99,13 @@ def attend(
     for very many the scores would not fit into a cache.
     """
     _, heads, count, width = key.shape
-    plain = key.device.type != "cpu" or key.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    plain = plain or torch.is_grad_enabled() or torch.get_num_threads() > 1 or torch.compiler.is_compiling()
+    plain = (
+        torch.compiler.is_compiling()
+        or key.device.type != "cpu"
+        or key.dtype != torch.float32
+        or torch.is_grad_enabled()
+    )
+    plain = plain or torch.is_autocast_enabled("cpu") or torch.get_num_threads() > 1
     if _MATRIX is None or plain or query.shape != key.shape or width < 32 or not 192 <= count <= 1536:
         return F.scaled_dot_product_attention(query, key, value)
     queries = (query * width**-0.5).transpose(1, 2).flatten(2)  # [B N heads*E]
