@@ -412,7 +412,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"], drop: Float[Tensor, " b"] | None = None) -> Tensor:
         """`drop`: the factor of each sample's branch."""
         branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        branch = self.pwconv2(F.gelu(self.pwconv1(branch))) * self.gamma
+        branch = self.pwconv2(self.pwconv1(branch, "gelu")) * self.gamma
         branch = branch.permute(0, 3, 1, 2)
         return x + branch if drop is None else torch.addcmul(x, branch, drop[:, None, None, None].to(branch.dtype))
 

@@ -9,13 +9,14 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -25,12 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from saccade.data import Source, fingerprint, keep_memory
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable, nearest
+from saccade.linear import packing
 from saccade.search import FORMAT, KEYS, QUARANTINE, STATE, Index, read_state
 from saccade.sources import open_source
 from saccade.vit import Features
 from saccade.weights import load
 
 TOKENS = ("cls", "mean", "patches")
+Tokens = Literal["all", "cls", "patches"]
+_SHARED_FROM = 64  # pixels a side; below it a network is so quick that handing pictures over costs more
 _SAVE_SECONDS = 2.0
 
 
@@ -122,16 +126,51 @@ def pooled(features: Features, token: str) -> Float[Tensor, "b ..."]:
     return features.cls
 
 
+def _computed(tokens: Sequence[str]) -> Tokens:
+    """What the network must compute for these kinds of tokens."""
+    return "patches" if "cls" not in tokens else "cls" if set(tokens) == {"cls"} else "all"
+
+
+class Look:
+    """Pictures to `Features`. On a CPU every thread computes pictures of its own: so none waits for another."""
+
+    def __init__(self, encoder: Encoder, threads: ThreadPoolExecutor, count: int):
+        self.encoder, self._threads, self._count = encoder, threads, count
+
+    def __call__(
+        self, images: Shaped[Tensor, "b c h w"], *, tokens: Tokens = "all", encoder: Encoder | None = None
+    ) -> Features:
+        """By the encoder that is examined, or by another one beside it."""
+        encoder = encoder or self.encoder
+        images = images.to(encoder.device)
+        if images.device.type != "cpu" or min(self._count, len(images)) == 1 or images.shape[-1] < _SHARED_FROM:
+            return encoder(images, tokens=tokens)
+
+        def share(part: Tensor) -> Features:
+            with torch.inference_mode():
+                return encoder(part, tokens=tokens)
+
+        parts = list(self._threads.map(share, images.chunk(self._count)))
+        cls, registers, patches, positions, grids = zip(*parts, strict=True)
+        together = None if cls[0] is None else torch.cat(cls)
+        return Features(together, torch.cat(registers), torch.cat(patches), torch.cat(positions), grids[0])
+
+
 @contextlib.contextmanager
-def examining(encoder: Encoder) -> Iterator[torch.device]:
-    """The encoder as it is used after training, without gradients; yields where it lives, and gives its mode back."""
-    training = encoder.training
+def examining(encoder: Encoder) -> Iterator[Look]:
+    """The encoder as it is used after training, without gradients; gives its mode back."""
+    training, count = encoder.training, torch.get_num_threads()
     encoder.eval()
     try:
-        with torch.inference_mode():
-            yield encoder.device
+        with (  # torch's number of threads is that of the thread that sets it
+            torch.inference_mode(),
+            packing(encoder),
+            ThreadPoolExecutor(count, "look", torch.set_num_threads, (1,)) as threads,
+        ):
+            yield Look(encoder, threads, count)
     finally:
         encoder.train(training)
+        torch.set_num_threads(count)
 
 
 def device() -> torch.device:
@@ -281,7 +320,7 @@ def _write(place: Path, state: dict[str, Any], encoder: Encoder, source: Source,
             file.writelines(json.dumps(source.key(row)) + "\n" for row in range(len(source)))
     rows = range(state["rows"], state["samples"])
     saved = time.perf_counter()
-    with (place / QUARANTINE).open("a+b") as quarantine, examining(encoder) as where:
+    with (place / QUARANTINE).open("a+b") as quarantine, examining(encoder) as look:
         quarantine.truncate(state["quarantine_bytes"])  # lines after the last save will be written again
 
         def save(done: bool) -> None:
@@ -295,7 +334,7 @@ def _write(place: Path, state: dict[str, Any], encoder: Encoder, source: Source,
             source, [encoder.preprocess], rows=rows, batch=state["batch"], workers=workers, words="embedding"
         ):
             if found.rows:
-                features = encoder(found.views[0].to(where))
+                features = look(found.views[0], tokens=_computed(state["tokens"]))
                 for token, array in arrays.items():
                     array[found.rows] = pooled(features, token).float().cpu().numpy()
             for row, key, reason in found.failures:

@@ -17,7 +17,7 @@ from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.decode import decode, pixels_of
 from saccade.published import Prepared
 from saccade.sources.files import read
-from saccade.vit import Features
+from saccade.vit import Features, ViT
 
 _WHOLE_BELOW = 192
 
@@ -152,8 +152,11 @@ class Encoder(nn.Module):
         """Where it lives."""
         return next(self.parameters()).device
 
-    def forward(self, images: Shaped[Tensor, "b c h w"]) -> Features:
-        return self.backbone(images)
+    def forward(
+        self, images: Shaped[Tensor, "b c h w"], *, tokens: Literal["all", "cls", "patches"] = "all"
+    ) -> Features:
+        """Features; a ViT's last block computes no other `tokens` than those asked for."""
+        return self.backbone(images, tokens=tokens) if isinstance(self.backbone, ViT) else self.backbone(images)
 
     def natural(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c h w"]:
         """A picture near its own aspect, with as many patches as fit into those of `preprocess`.

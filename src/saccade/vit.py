@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saccade.draws import Stream
 from saccade.errors import SaccadeError, nearest
-from saccade.linear import Linear, linear
+from saccade.linear import Linear, attend, linear
 from saccade.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -257,10 +257,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        if self.activation == "gelu_quick":
-            return self.fc2(x * torch.sigmoid(1.702 * x))
-        return self.fc2(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+        return self.fc2(self.fc1(x, self.activation))
 
 
 class SwiGLU(nn.Module):
@@ -290,21 +287,21 @@ class Rotation(nn.Module):
         self.periods.copy_(periods.bfloat16() if self.rounded else periods)
 
     def forward(self, grid: tuple[int, ...], still: int) -> tuple[Tensor, Tensor]:
-        """Sines and cosines [1 still+N head]; the first `still` tokens are not turned."""
+        """Sines, those of the first half negative, and cosines [1 still+N head]; the first `still` are not turned."""
         device, dtype = self.periods.device, self.periods.dtype
         sides = torch.tensor(grid, device=device, dtype=dtype)
         coordinates = (places(grid, device).to(dtype) + 0.5) / sides * 2 - 1
         angles = (2 * math.pi * coordinates[..., None] / self.periods).flatten(1)  # [N axes*count]
         angles = F.pad(angles, (0, self.head // 2 - angles.shape[1], still, 0))[None]
-        angles = torch.cat([angles, angles], -1)
-        return angles.sin(), angles.cos()
+        sine, cosine = angles.sin(), angles.cos()
+        return torch.cat([-sine, sine], -1), torch.cat([cosine, cosine], -1)
 
 
 def rotate(x: Float[Tensor, "b h n e"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n e"]:
     """Turn queries or keys by their positions; `rope` as from `Rotation`, [1 or B, N, E]."""
     sine, cosine = (part[:, None] for part in rope)
     first, second = x.chunk(2, -1)
-    return (x * cosine + torch.cat([-second, first], -1) * sine).to(x.dtype)
+    return torch.addcmul(x * cosine, torch.cat([second, first], -1), sine).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -329,7 +326,7 @@ class Attention(nn.Module):
         """Queries of the chosen tokens, keys and values of all: [B heads N D/heads]."""
         width, bias = x.shape[-1], self._bias()
         if rows is None:
-            query, key, value = linear(x, self.qkv.weight, bias).split(width, -1)
+            query, key, value = linear(x, self.qkv.weight, bias, packed=self.qkv.packed).split(width, -1)
         else:
             weight = self.qkv.weight
             query = linear(take(x, rows), weight[:width], None if bias is None else bias[:width])
@@ -341,7 +338,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Tensor:
-        x = F.scaled_dot_product_attention(*self._project(x, rope, rows))
+        x = attend(*self._project(x, rope, rows))
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Float[Tensor, "b h k n"]:
