@@ -7,6 +7,7 @@ Nothing here runs what a file says: a pickle is read for its tensors and plain c
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
