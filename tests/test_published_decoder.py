@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saccade import model, published, recipe, vit, weights
+from saccade import errors, model, published, recipe, vit, weights
 from saccade.errors import SaccadeError
 from saccade.published import mae
 
@@ -154,7 +154,7 @@ def test_the_authors_file(nested: bool, saved: Path, tmp_path: Path, monkeypatch
 def test_another_decoder_starts_afresh_and_it_is_said(
     changes: dict[str, int], said: str, saved: Path, network: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    weights._say.cache_clear()
+    errors.say.cache_clear()
     method, record = build(saved, **changes, normalise_target=False)
     assert record["decoder"]["matched"] == 0 and said in record["decoder"]["reason"]
     assert said in capfd.readouterr().err
