@@ -24,7 +24,10 @@ LAYERS = {
     ),
     "recipe": 1,
     "recipes": 2,
-    **dict.fromkeys(["run", "weights", "encoder", "tensors", "hub", "published", "health", "model", "progress"], 3),
+    **dict.fromkeys(
+        ["run", "weights", "encoder", "tensors", "torchscript", "hub", "published", "health", "model", "progress"], 3
+    ),
+    "resize": 3,
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
     "watch": 4,

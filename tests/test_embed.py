@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from saccade import vit, weights
 from saccade.embed import embed
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.search import Index
 
@@ -66,6 +68,46 @@ def test_rows_are_what_the_encoder_says(tmp_path: Path, backbone: Path) -> None:
         embed(backbone, data, out=tmp_path / "index", tokens=("cls", "mean", "patches"), batch=4).images_per_second
         is None
     )
+
+
+@pytest.mark.parametrize(("tokens", "computed"), [(("cls",), "cls"), (("mean",), "patches"), (("mean", "cls"), "all")])
+def test_only_what_is_asked_for_is_computed(
+    tmp_path: Path, backbone: Path, tokens: tuple[str, ...], computed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, forward = [], vit.ViT.forward
+    monkeypatch.setattr(
+        vit.ViT, "forward", lambda *a, tokens="all", **k: asked.append(tokens) or forward(*a, tokens=tokens, **k)
+    )
+    embed(backbone, folder(tmp_path / "data", 3), out=tmp_path / "index", tokens=tokens)
+    assert asked == [computed]
+
+
+def test_every_thread_computes_pictures_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen, forward = torch.get_num_threads(), [], vit.ViT.forward
+
+    def watched(model: vit.ViT, images: torch.Tensor, **switches: str) -> vit.Features:
+        seen.append((threading.get_ident(), torch.get_num_threads(), len(images)))
+        time.sleep(0.05)
+        return forward(model, images, **switches)
+
+    model = vit.build("vit-ti/4", image_size=64, width=64, depth=2, heads=2, hidden=32)
+    encoder = Encoder(model, {})
+    images = torch.rand(5, 3, 64, 64)
+    with torch.no_grad():
+        expected = encoder.eval()(images)
+    monkeypatch.setattr(vit.ViT, "forward", watched)
+    torch.set_num_threads(2)
+    try:
+        with page.examining(encoder) as look:
+            found, only = look(images), look(images[:4], tokens="cls")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(row[1:] for row in seen) == [(1, 2), (1, 2), (1, 2), (1, 3)]
+    assert len({ident for ident, *_ in seen}) == 2 and threading.get_ident() not in {row[0] for row in seen}
+    torch.testing.assert_close(found[:4], expected[:4], atol=1e-5, rtol=1e-5)  # 256 tokens: also attention's other way
+    torch.testing.assert_close(only.cls, expected.cls[:4], atol=1e-5, rtol=1e-5)
+    assert found.grid == expected.grid
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 5])

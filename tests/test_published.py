@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saccade import backbone, published, vit, weights
+from saccade import backbone, errors, published, vit, weights
 from saccade.cli import main
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
@@ -308,7 +308,7 @@ def test_families_of_like_tensors_are_told_apart_by_name_or_not_at_all(tmp_path:
 
 
 def test_terms_are_said_once(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    weights._say.cache_clear()
+    errors.say.cache_clear()
     weights.load(saved), weights.load(saved)
     assert capfd.readouterr().err.count("CC-BY-NC-4.0, for non-commercial use only") == 1
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from saccade import published, weights
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
+from saccade.published import dinov2
 from saccade.vit import Rotation
 
 transformers = pytest.importorskip("transformers")
@@ -254,6 +255,31 @@ def test_official_names_give_the_same_features(case: str, tmp_path: Path) -> Non
     assert encoder.record["naming"] == "official" and encoder.record["family"] == case.partition("-")[0]
     assert "teacher.head.mlp.0.bias" in encoder.record["ignored"]
     assert max(_difference(model, encoder, size) for size in SIZES.values()) < 1e-5
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("dinov2")])
+@pytest.mark.parametrize("prefix", ["", "teacher.backbone.", "model.teacher.backbone."])
+def test_blocks_in_chunks_are_the_same_blocks(case: str, prefix: str, tmp_path: Path) -> None:
+    """DINOv2 trains with its blocks in chunks; their numbers go on from chunk to chunk."""
+    model = _oracle(case)
+    state = _official(case, _state(model))
+    chunked = {
+        f"{prefix}{re.sub(r'blocks[.]([0-9]+)[.]', lambda found: f'blocks.{found[1]}.{found[1]}.', name)}": tensor
+        for name, tensor in state.items()
+    }
+    if prefix:
+        student = {name.replace("teacher", "student"): torch.ones_like(tensor) for name, tensor in chunked.items()}
+        chunked |= student | {prefix.replace("backbone", "dino_head") + "mlp.0.bias": torch.ones(3)}
+    folder = _write(tmp_path / case, chunked)
+    encoder = weights.load(folder)
+    assert (encoder.record["naming"], encoder.record["prefix"]) == ("official in chunks", prefix)
+    assert max(_difference(model, encoder, size) for size in SIZES.values()) < 1e-5
+    with pytest.raises(SaccadeError, match="no place for blocks"):  # nothing says where the chunks would end
+        published.to_theirs(dinov2.CHUNKED, encoder.backbone.state_dict())
+    (folder / "twice").mkdir()
+    twice = {f"{prefix}blocks.0.1.norm1.bias": torch.zeros(32)}
+    with pytest.raises(SaccadeError, match=r"unexpected \(\S*blocks\.1\.1\."):
+        weights.load(_write(folder / "twice" / case, chunked | twice))
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("dinov")])

@@ -13,7 +13,7 @@ from torch import nn
 
 from saccade import vit
 from saccade.errors import SaccadeError
-from saccade.linear import linear
+from saccade.linear import _MATRIX, Linear, linear, packing
 
 POSITIONS = ["learned", "sincos", "sincos_y_first", "rope", "none"]
 FAMILIES = {
@@ -293,3 +293,24 @@ for switches in ({"position": "sincos"}, {"position": "rope", "registers": 4, "q
 @pytest.mark.slow  # a process of its own: the hook that checks shapes in tests cannot be compiled
 def test_one_graph_without_breaks_and_an_export_of_plain_operations():
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "gelu_quick", "swiglu"])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_packed_weights_say_the_same_and_are_dropped(activation: str, position: str) -> None:
+    switches = {"width": 32, "depth": 2, "heads": 2, "hidden": 48, "activation": activation, "position": position}
+    model = vit.build("vit-ti/4", image_size=16, **switches)
+    images = torch.rand(3, 3, 16, 16)
+    expected = model(images)  # with gradients: nothing is packed, nothing fused
+    with torch.inference_mode(), packing(model):
+        found = model(images)
+        only = model(images, tokens="cls")
+        if _MATRIX is not None:
+            assert all(block.attn.qkv.packed is not None for block in model.blocks)
+    for one, other in ((found.cls, expected.cls), (found.patches, expected.patches), (only.cls, expected.cls)):
+        torch.testing.assert_close(one, other.detach(), atol=1e-6, rtol=1e-6)
+    assert not any(part.packed is not None for part in model.modules() if isinstance(part, Linear))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        assert not torch.allclose(model(images).cls, found.cls)

@@ -61,7 +61,7 @@ def refusal(place: Path | str) -> SaccadeError:
 
 def test_no_such_backbone(saved: Path) -> None:
     assert "did you mean 'run'" in str(refusal(saved.parent / "rum"))
-    assert "published names" in str(refusal("dinov9-vits"))
+    assert "no published one" in str(refusal("dinov9-vits")) and "did you mean" in str(refusal("vit-mae-bas"))
     assert "no backbone in" in str(refusal(saved.parent))
     (saved.parent / "young" / "checkpoints").mkdir(parents=True)
     assert "no backbone yet" in str(refusal(saved.parent / "young"))

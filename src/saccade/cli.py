@@ -23,6 +23,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
 
 import saccade.recipes
 from saccade import __version__
@@ -55,6 +57,7 @@ class Verb:
     arguments: type[Settings]
     positional: tuple[str, ...]
     call: Callable[[Values], Mapping[str, Any]]
+    show: Callable[[Mapping[str, Any]], str] | None = None
 
 
 def _pretrain(values: Values) -> Mapping[str, Any]:
@@ -101,7 +104,7 @@ VERBS = {
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
-    "models": Verb(ModelsArguments, ("pattern",), _models),
+    "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
 }
 
 LATER = ("adapt", "export")
@@ -137,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         reason = f"{type(bug).__name__}: {' '.join(str(bug).split())}"
         return _fail(SaccadeError(reason, hint="the lines above say where", code=FAILED), as_json)
-    _print(json.dumps(_plain(result)) if as_json else "\n".join(_lines(result)))
+    show = verb.show or (lambda result: "\n".join(_lines(result)))
+    _print(json.dumps(_plain(result)) if as_json else show(result))
     return DONE
 
 
@@ -357,6 +361,33 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield from (f"{indent}  {_short(row)}" for row in part)
         elif key != "ok" and part not in (None, [], {}):
             yield f"{indent}{key}  {_short(part)}"
+
+
+def _catalogue(models: Sequence[Mapping[str, Any]]) -> str:
+    """Published models as a table, and below it the terms of each licence that is not a free one."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "size", "parameters", "trained on", "licence", "k-NN", "linear", "cached"):
+        table.add_column(title, justify="right" if title in ("parameters", "k-NN", "linear") else "left", no_wrap=True)
+    for row in models:
+        scores = [
+            next((f"{row['figures'][key]:.1f}{mark}" for key, mark in keys if key in row["figures"]), "")
+            for keys in ([("knn", "")], [("linear", ""), ("linear_real", "*")])
+        ]
+        here = "yes" if row["name"] in row["cached_names"] else ", ".join(row["cached_names"])
+        size, name = f"{row['parameters'] / 1e6:,.0f} M", f"{row['family']} {row['size']}"
+        table.add_row(row["name"], name, size, row["data"], row["licence"], *scores, here)
+    console = Console(width=1000)  # a terminal may wrap it, and a pipe keeps it whole
+    with console.capture() as captured:
+        console.print(table, highlight=False)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    terms = {f"{row['licence']}: {row['terms']}": None for row in models if row["terms"]}
+    figures = any(row["figures"] for row in models)
+    said = (
+        ["", "k-NN and linear: top-1 on ImageNet-1k as published (* ImageNet-ReaL); --json names the source"]
+        if figures
+        else []
+    )
+    return "\n".join([*lines, *said, *([""] if terms and not said else []), *terms])
 
 
 def _short(value: Any) -> str:

@@ -9,13 +9,14 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -25,12 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from saccade.data import Source, fingerprint, keep_memory
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable, nearest
+from saccade.linear import packing
 from saccade.search import FORMAT, KEYS, QUARANTINE, STATE, Index, read_state
 from saccade.sources import open_source
 from saccade.vit import Features
 from saccade.weights import load
 
 TOKENS = ("cls", "mean", "patches")
+Tokens = Literal["all", "cls", "patches"]
+_SHARED_FROM = 64  # pixels a side; below it a network is so quick that handing pictures over costs more
 _SAVE_SECONDS = 2.0
 
 
@@ -122,21 +126,75 @@ def pooled(features: Features, token: str) -> Float[Tensor, "b ..."]:
     return features.cls
 
 
+def _computed(tokens: Sequence[str]) -> Tokens:
+    """What the network must compute for these kinds of tokens."""
+    return "patches" if "cls" not in tokens else "cls" if set(tokens) == {"cls"} else "all"
+
+
+class Look:
+    """Pictures to `Features`. On a CPU every thread computes pictures of its own: so none waits for another."""
+
+    def __init__(self, encoder: Encoder, threads: ThreadPoolExecutor, count: int):
+        self.encoder, self._threads, self._count = encoder, threads, count
+
+    def __call__(
+        self, images: Shaped[Tensor, "b c h w"], *, tokens: Tokens = "all", encoder: Encoder | None = None
+    ) -> Features:
+        """By the encoder that is examined, or by another one beside it."""
+        encoder = encoder or self.encoder
+        images = images.to(encoder.device)
+        if images.device.type != "cpu" or min(self._count, len(images)) == 1 or images.shape[-1] < _SHARED_FROM:
+            return encoder(images, tokens=tokens)
+
+        def share(part: Tensor) -> Features:
+            with torch.inference_mode():
+                return encoder(part, tokens=tokens)
+
+        parts = list(self._threads.map(share, images.chunk(self._count)))
+        cls, registers, patches, positions, grids = zip(*parts, strict=True)
+        together = None if cls[0] is None else torch.cat(cls)
+        return Features(together, torch.cat(registers), torch.cat(patches), torch.cat(positions), grids[0])
+
+
 @contextlib.contextmanager
-def examining(encoder: Encoder) -> Iterator[torch.device]:
-    """The encoder as it is used after training, without gradients; yields where it lives, and gives its mode back."""
-    training = encoder.training
+def examining(encoder: Encoder) -> Iterator[Look]:
+    """The encoder as it is used after training, without gradients; gives its mode back."""
+    training, count = encoder.training, torch.get_num_threads()
     encoder.eval()
     try:
-        with torch.inference_mode():
-            yield encoder.device
+        with (  # torch's number of threads is that of the thread that sets it
+            torch.inference_mode(),
+            packing(encoder),
+            ThreadPoolExecutor(count, "look", torch.set_num_threads, (1,)) as threads,
+        ):
+            yield Look(encoder, threads, count)
     finally:
         encoder.train(training)
+        torch.set_num_threads(count)
 
 
 def device() -> torch.device:
     """Where features are computed: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encoder_of(
+    backbone: str | Path | Encoder, *, image_size: int | None, channels: int | None, patch: int | None
+) -> Encoder:
+    """The encoder that a name stands for, on the device, with size, channels and patch as they are asked.
+
+    Raises `SaccadeError` where one that is loaded already should be another.
+    """
+    if not isinstance(backbone, Encoder):
+        return load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
+    for name, value in (("image_size", image_size), ("channels", channels), ("patch", patch)):
+        if value is not None:
+            raise SaccadeError(
+                f"this encoder is loaded already, and {name} belongs to that",
+                path=name,
+                hint=f"load(…, {name}={value})",
+            )
+    return backbone
 
 
 def embed(
@@ -146,6 +204,8 @@ def embed(
     out: str | Path,
     tokens: Sequence[str] | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    patch: int | None = None,
     workers: int = 0,
     batch: int = 64,
 ) -> Index:
@@ -155,7 +215,7 @@ def embed(
     class token, if not given. The command goes on where it was stopped, and refuses to
     with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
-    encoder = backbone if isinstance(backbone, Encoder) else load(backbone, image_size=image_size).to(device())
+    encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     if tokens is None:
         tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
     _check_tokens(encoder, tokens)
@@ -186,20 +246,21 @@ def _asked(
     encoder: Encoder, backbone: Any, data: Any, source: Source, tokens: Sequence[str], batch: int, place: Path
 ) -> dict[str, Any]:
     """What an index is made of. Everything but the command must stay the same for it to go on."""
-    path = encoder.record.get("path")
     several = [data] if isinstance(data, str | Path | Source) else list(data)
     names = ["DATA" if isinstance(item, Source) else str(item) for item in several]
     words = ["saccade", "embed", "BACKBONE" if isinstance(backbone, Encoder) else str(backbone), *names]
+    other = encoder.record.get("asked") or {}
+    flags = [word for name in ("channels", "patch") if name in other for word in (f"--{name}", str(other[name]))]
     return {
         "format": FORMAT,
-        "backbone": {"path": path, "hash": encoder.record.get("hash"), "family": encoder.record.get("family")},
+        "backbone": {name: encoder.record.get(name) for name in ("path", "hash", "family", "asked")},
         "data": fingerprint(source)["fingerprint"],
         "samples": len(source),
         "tokens": list(dict.fromkeys(tokens)),
         "dim": encoder.backbone.config.width,
         "image_size": encoder.preprocess.crop,
         "batch": batch,
-        "command": shlex.join([*words, "--out", str(place), "--tokens", ",".join(tokens)]),
+        "command": shlex.join([*words, *flags, "--out", str(place), "--tokens", ",".join(tokens)]),
     }
 
 
@@ -211,7 +272,10 @@ def _begin(place: Path, asked: dict[str, Any]) -> dict[str, Any]:
             ("backbone", "another backbone"), ("data", "other data"), ("tokens", "other tokens"),
             ("image_size", "another image size"), ("batch", "another batch"),
         ):  # fmt: skip
-            before, now = (part[name]["hash"] if name == "backbone" else part[name] for part in (state, asked))
+            before, now = (
+                [part[name].get(key) for key in ("hash", "asked")] if name == "backbone" else part[name]
+                for part in (state, asked)
+            )
             if before != now:
                 hint = f"name another --out, or go on with: {state['command']}"
                 values = "" if name in ("backbone", "data") else f": {before}, not {now}"
@@ -256,7 +320,7 @@ def _write(place: Path, state: dict[str, Any], encoder: Encoder, source: Source,
             file.writelines(json.dumps(source.key(row)) + "\n" for row in range(len(source)))
     rows = range(state["rows"], state["samples"])
     saved = time.perf_counter()
-    with (place / QUARANTINE).open("a+b") as quarantine, examining(encoder) as where:
+    with (place / QUARANTINE).open("a+b") as quarantine, examining(encoder) as look:
         quarantine.truncate(state["quarantine_bytes"])  # lines after the last save will be written again
 
         def save(done: bool) -> None:
@@ -270,7 +334,7 @@ def _write(place: Path, state: dict[str, Any], encoder: Encoder, source: Source,
             source, [encoder.preprocess], rows=rows, batch=state["batch"], workers=workers, words="embedding"
         ):
             if found.rows:
-                features = encoder(found.views[0].to(where))
+                features = look(found.views[0], tokens=_computed(state["tokens"]))
                 for token, array in arrays.items():
                     array[found.rows] = pooled(features, token).float().cpu().numpy()
             for row, key, reason in found.failures:

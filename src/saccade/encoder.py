@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.decode import decode, pixels_of
 from saccade.published import Prepared
 from saccade.sources.files import read
-from saccade.vit import Features
+from saccade.vit import Features, ViT
 
 _WHOLE_BELOW = 192
 
@@ -61,6 +62,20 @@ class Preprocess:
         Takes a Pillow picture, a file, or pixels [C H W] (or [1 C H W], as a `Sample` has them). Raises `Unreadable`
         for a file that cannot be decoded.
         """
+        pixels = self._pixels(picture)
+        if self.square:
+            return _interpolated(pixels, [self.crop, self.crop], self.interpolation)
+        whole = _centre(pixels, 4 * min(pixels.shape[1:]))
+        return _centre(resized(whole, self.resize, self.interpolation), self.crop)
+
+    def natural(
+        self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"], patch: int, patches: int
+    ) -> Shaped[Tensor, "c h w"]:
+        """The whole picture near its own aspect, in at most so many patches of this side; as above otherwise."""
+        pixels = self._pixels(picture)
+        return _interpolated(pixels, natural_size(pixels.shape[1], pixels.shape[2], patch, patches), self.interpolation)
+
+    def _pixels(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c h w"]:
         if isinstance(picture, str | Path):
             pixels = decode(
                 read(str(picture), str(picture)), key=str(picture), short_side=self.canvas, channels=self.channels
@@ -73,10 +88,23 @@ class Preprocess:
         pixels = pixels[0] if pixels.ndim == 4 else pixels
         if pixels.dtype == torch.uint16:
             pixels = pixels.to(torch.float32) / 65535
-        if self.square:
-            return _interpolated(pixels, [self.crop, self.crop], self.interpolation)
-        whole = _centre(pixels, 4 * min(pixels.shape[1:]))
-        return _centre(resized(whole, self.resize, self.interpolation), self.crop)
+        return pixels
+
+
+def natural_size(height: int, width: int, patch: int, patches: int) -> list[int]:
+    """The largest height and width near this aspect that are whole patches, at most so many (NaFlex, arXiv 2502.14786).
+
+    By bisection of one scale for both sides, in the authors' bounds: elsewhere it would end a patch apart.
+    """
+
+    def sides(scale: float) -> list[int]:
+        return [max(patch, math.ceil(side * scale / patch) * patch) for side in (height, width)]
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(sides(middle)) <= patches * patch**2 else (low, middle)
+    return sides(low)
 
 
 def _centre(pixels: Shaped[Tensor, "c h w"], side: int) -> Shaped[Tensor, "c _ _"]:
@@ -124,8 +152,18 @@ class Encoder(nn.Module):
         """Where it lives."""
         return next(self.parameters()).device
 
-    def forward(self, images: Shaped[Tensor, "b c h w"]) -> Features:
-        return self.backbone(images)
+    def forward(
+        self, images: Shaped[Tensor, "b c h w"], *, tokens: Literal["all", "cls", "patches"] = "all"
+    ) -> Features:
+        """Features; a ViT's last block computes no other `tokens` than those asked for."""
+        return self.backbone(images, tokens=tokens) if isinstance(self.backbone, ViT) else self.backbone(images)
+
+    def natural(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c h w"]:
+        """A picture near its own aspect, with as many patches as fit into those of `preprocess`.
+
+        For one call a picture, where shape matters or a family was trained so (NaFlex). Raises `Unreadable`.
+        """
+        return self.preprocess.natural(picture, self.backbone.stride, math.prod(self.grid))
 
     def embedding(self, features: Features) -> Float[Tensor, "b d"]:
         """The one vector that this family pools."""

@@ -1,8 +1,11 @@
-"""The one error a user meets: what is wrong, with which file or setting, and what to do."""
+"""The one error a user meets: what is wrong, with which file or setting, and what to do; and what is said without."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,6 +44,13 @@ class Unreadable(Exception):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"
+
+
+@functools.cache
+def say(line: str) -> None:
+    """What is no error and must not be missed, to stderr: once a process, by the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

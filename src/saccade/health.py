@@ -69,7 +69,7 @@ def look(encoder: Encoder, pictures: Shaped[Tensor, "b c s s"]) -> dict[str, Any
     """`rank` and `spread` of the features of these pictures, None when they are no numbers; `most`, the highest rank
     that they could have; and the length of all `weights` together.
     """
-    parts = [encoder.embedding(encoder(part.to(encoder.device))).float().cpu() for part in pictures.split(64)]
+    parts = [encoder.backbone.pooled(part.to(encoder.device)).float().cpu() for part in pictures.split(64)]
     features = torch.cat(parts)
     alive = bool(torch.isfinite(features).all())
     return {

@@ -22,11 +22,14 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        start = weights.load(init) if init else None
+        start = weights.load(init, channels=config.channels) if init else None
         switches = config.backbone() | (weights.switches(start) if start else {})
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
-        record = weights.load_state(backbone, start) if start else {"weights": "random", "seed": config.seed}
-        return page.method(config, backbone, {}), record
+        record = {"weights": "random", "seed": config.seed}
+        if start:
+            record = {**weights.load_state(backbone, start), "derived_from": weights.origins(start.record)}
+        method = page.method(config, backbone, {})
+        return method, record | (weights.load_decoder(method, backbone, start) if start else {})
 
 
 def precision_of(asked: str, device: torch.device) -> torch.dtype:

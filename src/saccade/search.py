@@ -10,7 +10,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -217,7 +217,7 @@ class Index:
             place = self._backbone or said["path"]
             if place is None:
                 raise SaccadeError("the index does not know its backbone's place", hint="Index.open(path, backbone=…)")
-            self._backbone = weights.load(place, image_size=self.state["image_size"])
+            self._backbone = weights.load(place, image_size=self.state["image_size"], **(said.get("asked") or {}))
         encoder = self._backbone
         if encoder.record.get("hash") != said["hash"]:
             raise SaccadeError(
@@ -230,8 +230,9 @@ class Index:
                 f"the picture {error.key} cannot be read: {error.reason}", path=error.key or None
             ) from None
         with torch.inference_mode():
-            features = encoder(pixels[None].to(encoder.device))
-        pooled = features.cls if self._token() == "cls" else features.patches.mean(dim=1)
+            tokens: Literal["cls", "patches"] = "cls" if self._token() == "cls" else "patches"
+            features = encoder(pixels[None].to(encoder.device), tokens=tokens)
+        pooled = features.cls if tokens == "cls" else features.patches.mean(dim=1)
         return _array(pooled[0])
 
 

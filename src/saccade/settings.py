@@ -129,7 +129,7 @@ class PretrainArguments(Settings):
         None, description="labelled folder: ten times a part held out of its train side, and its test side at the end"
     )
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    init: str | None = Field(None, description="backbone to start from: a run directory or a checkpoint")
+    init: str | None = Field(None, description="backbone to start from: a run, a checkpoint or a published name")
     workers: int | None = Field(
         None, ge=0, description="processes that read and decode; chosen from the cores if not given"
     )
@@ -154,7 +154,7 @@ class PretrainArguments(Settings):
 class EvaluateArguments(Settings):
     """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
 
-    backbone: Word = Field(description="run directory or checkpoint")
+    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
     )
@@ -162,6 +162,8 @@ class EvaluateArguments(Settings):
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
@@ -171,7 +173,7 @@ class EvaluateArguments(Settings):
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
-    backbone: Word = Field(description="run directory or checkpoint")
+    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
     data: WordList = Field(min_length=1, description="folders, list files or tar shards")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
@@ -179,6 +181,8 @@ class EmbedArguments(Settings):
         description="what is kept of a picture: cls, mean, patches; cls, or mean where there is none, if not given",
     )
     image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     batch: int = Field(64, ge=1, description="pictures that go through the backbone together")
 

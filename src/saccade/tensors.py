@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from blake3 import blake3
 from safetensors import SafetensorError
@@ -16,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saccade.errors import SaccadeError
+from saccade.torchscript import is_torchscript, read_torchscript
 
+ARRAYS = ".npz"
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
 _LARGEST_HEADER = 100_000_000
 
@@ -27,6 +31,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         start = file.read(16)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _safe(path, start)
+    if path.suffix == ARRAYS:
+        return _arrays(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
     try:
         # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
@@ -51,6 +59,38 @@ def _flat(content: Mapping[Any, Any]) -> dict[str, Tensor]:
             elif isinstance(value, Mapping) and id(value) not in seen:
                 seen.add(id(value))
                 waiting.append((f"{before}{key}.", value))
+    return found
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    """The arrays of an .npz (big_vision's files). Raises `SaccadeError` for objects and for damage."""
+    found: dict[str, Tensor] = {}
+    name = "its list"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            for name in archive.files:
+                array = archive[name]
+                if not isinstance(array, np.ndarray):
+                    raise ValueError("it is no array")
+                if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # how numpy keeps bfloat16
+                    found[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+                elif array.dtype.kind in "biuf":
+                    found[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (
+        ValueError,
+        TypeError,
+        EOFError,
+        OSError,
+        KeyError,
+        MemoryError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise SaccadeError(
+            f"{path} cannot be read at {name!r}: {' '.join(str(error).split())}: nothing of it was run or loaded",
+            path=path,
+            hint="objects in an .npz are pickles, which are never opened; or the file is damaged: copy it again",
+        ) from None
     return found
 
 

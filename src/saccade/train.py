@@ -70,6 +70,9 @@ class Pretraining:
         sizes, shares = self.source.parts()
         self.order = Order(sizes, shares, config.seed)
         self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
+        began = ranks.from_first(lambda: self.run.record.get("initial", {}))
+        if "revision" in began:  # a published name may mean another commit by now
+            self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
         self.watch = Watch(page, arguments, self.source, self.run, ranks)
         self.stage = -1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saccade.draws import Stream
 from saccade.errors import SaccadeError, nearest
-from saccade.linear import Linear, linear
+from saccade.linear import Linear, attend, linear
 from saccade.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,6 +93,7 @@ class ViTConfig(Settings):
     cls_position: bool = Field(True, description="the learned table has a row for the class token")
     position_offset: float = Field(0.0, ge=0, lt=1, description="added to the sides that a learned table is resized to")
     position_antialias: bool = Field(False, description="a learned table is resized with antialiasing")
+    position_linear: bool = Field(False, description="a learned table is resized linearly, not bicubically (NaFlex)")
     rope_rounded: bool = Field(False, description="RoPE's periods are rounded to bfloat16 (DINOv3)")
     pooling: Literal["cls", "mean", "map"] = Field(
         "cls", description="the one vector: class token, mean patch, attention"
@@ -256,10 +257,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        if self.activation == "gelu_quick":
-            return self.fc2(x * torch.sigmoid(1.702 * x))
-        return self.fc2(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+        return self.fc2(self.fc1(x, self.activation))
 
 
 class SwiGLU(nn.Module):
@@ -289,21 +287,21 @@ class Rotation(nn.Module):
         self.periods.copy_(periods.bfloat16() if self.rounded else periods)
 
     def forward(self, grid: tuple[int, ...], still: int) -> tuple[Tensor, Tensor]:
-        """Sines and cosines [1 still+N head]; the first `still` tokens are not turned."""
+        """Sines, those of the first half negative, and cosines [1 still+N head]; the first `still` are not turned."""
         device, dtype = self.periods.device, self.periods.dtype
         sides = torch.tensor(grid, device=device, dtype=dtype)
         coordinates = (places(grid, device).to(dtype) + 0.5) / sides * 2 - 1
         angles = (2 * math.pi * coordinates[..., None] / self.periods).flatten(1)  # [N axes*count]
         angles = F.pad(angles, (0, self.head // 2 - angles.shape[1], still, 0))[None]
-        angles = torch.cat([angles, angles], -1)
-        return angles.sin(), angles.cos()
+        sine, cosine = angles.sin(), angles.cos()
+        return torch.cat([-sine, sine], -1), torch.cat([cosine, cosine], -1)
 
 
 def rotate(x: Float[Tensor, "b h n e"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n e"]:
     """Turn queries or keys by their positions; `rope` as from `Rotation`, [1 or B, N, E]."""
     sine, cosine = (part[:, None] for part in rope)
     first, second = x.chunk(2, -1)
-    return (x * cosine + torch.cat([-second, first], -1) * sine).to(x.dtype)
+    return torch.addcmul(x * cosine, torch.cat([second, first], -1), sine).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -328,7 +326,7 @@ class Attention(nn.Module):
         """Queries of the chosen tokens, keys and values of all: [B heads N D/heads]."""
         width, bias = x.shape[-1], self._bias()
         if rows is None:
-            query, key, value = linear(x, self.qkv.weight, bias).split(width, -1)
+            query, key, value = linear(x, self.qkv.weight, bias, packed=self.qkv.packed).split(width, -1)
         else:
             weight = self.qkv.weight
             query = linear(take(x, rows), weight[:width], None if bias is None else bias[:width])
@@ -340,7 +338,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Tensor:
-        x = F.scaled_dot_product_attention(*self._project(x, rope, rows))
+        x = attend(*self._project(x, rope, rows))
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Float[Tensor, "b h k n"]:
@@ -522,7 +520,8 @@ class ViT(nn.Module):
         table = table.unflatten(1, self.config.grid).movedim(-1, 1)
         offset, sides = self.config.position_offset, zip(grid, self.config.grid, strict=True)
         to = {"scale_factor": [(n + offset) / native for n, native in sides]} if offset else {"size": grid}
-        mode, smooth = "bicubic" if len(grid) == 2 else "trilinear", self.config.position_antialias
+        plane = "bilinear" if self.config.position_linear else "bicubic"
+        mode, smooth = plane if len(grid) == 2 else "trilinear", self.config.position_antialias
         table = F.interpolate(table, mode=mode, antialias=smooth, align_corners=False, **to)
         return table.flatten(2).transpose(1, 2)
 
@@ -563,8 +562,10 @@ class ViT(nn.Module):
         config = self.config
         images = images if config.patch_time is None else images.transpose(1, 2)  # [B C T H W], as convolutions have it
         if images.shape[1] != config.channels:
-            hint = f"build it with channels={images.shape[1]}"
-            raise SaccadeError(f"this ViT reads {config.channels} channels, not {images.shape[1]}", hint=hint)
+            hint = f"--channels {images.shape[1]} makes it read them"
+            raise SaccadeError(
+                f"this ViT reads {config.channels} channels, not {images.shape[1]}", path="--channels", hint=hint
+            )
         grid = grid_of(tuple(images.shape[2:]), config.patch, config.patch_time)
         x = torch.cat([*self._prefix(len(images)), self._embed(images, keep, hide, grid)], 1)
         position = places(grid, images.device)

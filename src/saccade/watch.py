@@ -78,6 +78,7 @@ class Watch:
     def _record(self, config: Training) -> dict[str, Any]:
         known = self.run.record
         return {"recipe": self.arguments.recipe, "arch": config.arch, "licence": known["initial"].get("licence"),
+                "derived_from": known["initial"].get("derived_from", []),
                 "data": known["data"], "initial": known["initial"]}  # fmt: skip
 
     def _open(self) -> None:

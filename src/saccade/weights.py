@@ -6,31 +6,31 @@ Nothing here runs what a file says: a pickle is read for its tensors and plain c
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from saccade import published
+from saccade import hub, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
-from saccade.errors import SaccadeError, nearest
-from saccade.published import Recognised
-from saccade.tensors import PICKLES, hash_of, read_tensors
-from saccade.vit import ViT, sincos
+from saccade.errors import SaccadeError, nearest, say
+from saccade.hub import CONFIG, SHARDS, WEIGHTS
+from saccade.hub import PICKLE as BIN
+from saccade.published import Prepared, Recognised
+from saccade.resize import Other
+from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
+from saccade.vit import Attention, sincos
 
 FORMAT = "saccade-backbone-1"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-SHARDS, BIN = f"{WEIGHTS}.index.json", "pytorch_model.bin"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -51,16 +51,59 @@ def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, A
     os.replace(directory / f"{CONFIG}.new", directory / CONFIG)
 
 
-def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
-    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors or an official .pth, on the CPU.
+def load(
+    backbone: str | Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    bands: tuple[int, ...] | None = None,
+    patch: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Encoder:
+    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth or a published
+    name, on the CPU.
 
-    `image_size` is what `preprocess` makes, the native size if None. Terms of use that are not free are said on stderr.
-    Raises `SaccadeError` for what does not exist, is damaged, holds more than tensors, or is no whole encoder.
+    A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
+    `preprocess` makes, the native size if None; `channels` and `patch` are others than the encoder was trained with
+    (`resize` says how that is done). `bands`: which of `channels` are red, green and blue, from 0; the others are not
+    looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use that are not free are said
+    on stderr. Raises `SaccadeError` for what does not exist, is damaged, holds more than tensors, or is not whole.
     """
+    other = Other(channels, bands, patch, mean, std)
+    fetched = hub.find(backbone, revision, token)
+    place, name = (backbone, None) if fetched is None else (fetched.folder, fetched.name)
+    encoder = _load(place, name, image_size, other)
+    if fetched is not None:
+        path = f"{fetched.name}@{fetched.revision}"
+        encoder.record |= {"name": fetched.name, "revision": fetched.revision, "sha256": fetched.sha256, "path": path}
+    for origin in origins(encoder.record):
+        if origin["terms"]:
+            own = "" if encoder.record["family"] != "saccade" else f"{backbone} derives from "
+            about = f"{origin['licence']}, {origin['terms']}; {origin['licence_url']}"
+            say(f"saccade: {own}{origin['family']} weights: {about}")
+    return encoder
+
+
+_ORIGIN = ("name", "revision", "family", "arch", "licence", "licence_url", "terms", "hash")
+
+
+def origins(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The published weights that an encoder's are or derive from, with licence, terms and hash: for a record."""
+    if record["family"] == "saccade":
+        return list(record.get("derived_from", []))
+    return [{"name": Path(record["path"]).name, **{key: record[key] for key in _ORIGIN if key in record}}]
+
+
+def _load(backbone: str | Path, name: str | None, image_size: int | None, other: Other) -> Encoder:
+    """The encoder of what lies on this disk; `name` is what it is published as."""
     folder, files = _find(backbone)
     config = _config(folder / CONFIG)
     if config.get("format") is None:
-        return _load_published(Path(backbone).expanduser(), files, config, image_size)
+        place = Path(backbone).expanduser()
+        return _load_published(place, files, config, image_size, other, _called(Path(name or place), config))
     if config["format"] != FORMAT or not isinstance(config.get("weights"), dict):
         raise SaccadeError(
             f"{folder / CONFIG} has format {config['format']!r}, which this version does not know",
@@ -82,15 +125,15 @@ def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
         "unexpected": [],
         "path": str(Path(backbone).absolute()),
     }
-    return Encoder(network, {"licence": None, **record}, image_size).eval()
+    return _finish(network, {"licence": None, **record}, image_size, other)
 
 
-def _load_published(place: Path, files: list[Path], config: dict[str, Any], image_size: int | None) -> Encoder:
+def _load_published(
+    place: Path, files: list[Path], config: dict[str, Any], image_size: int | None, other: Other, called: str
+) -> Encoder:
     """The encoder of another project's tensors. Raises `SaccadeError`, before any network is there."""
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-    found = published.recognise(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, _called(place, config)
-    )
+    found = published.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, called)
     family, names = found.family, found.names
     _refuse_numbers({name: tensors[name] for name in tensors if name.startswith(names.prefix)}, place)
     ours = published.to_ours(family.namings[found.naming], tensors, names.prefix)
@@ -99,20 +142,41 @@ def _load_published(place: Path, files: list[Path], config: dict[str, Any], imag
     tables = {name: own[name] for name, _ in network.named_buffers() if name in own}  # not in every naming: RoPE's
     _into(network, tables | ours, place)
     record = _record(found, network, len(ours)) | {"hash": hash_of(*files), "path": str(place.absolute())}
-    if family.terms:
-        _say(f"saccade: {family.name} weights: {family.licence}, {family.terms}; {family.licence_url}")
-    size = network.config.image_size if image_size is None else image_size
-    preprocess = Preprocess.of(family.preprocess, size, network.config.channels)
+    return _finish(network, record, image_size, other, family.preprocess)
+
+
+def _finish(
+    network: Backbone, record: dict[str, Any], image_size: int | None, other: Other, prepared: Prepared | None = None
+) -> Encoder:
+    """The encoder of a network, or of another that it becomes. `prepared`: how a published family makes pictures."""
+    before, config = network.config, resize.wanted(network.config, other, image_size)
+    asked = other.asked()
+    given = {name: tuple(asked[name]) for name in ("mean", "std") if name in asked}
+    last = type(config)(**(config.model_dump(mode="python") | given))
+    if last != before or other.bands is not None:
+        changed = _network(family_of(network), last)
+        tensors, own = resize.fitted(network, changed, config=config, bands=other.bands), network.state_dict()
+        reshaped = [name for name, tensor in tensors.items() if name not in own or tensor.shape != own[name].shape]
+        _into(changed, tensors, Path(record["path"]))
+        network, facts = changed, {"size": last.image_size, "mean": list(last.mean), "std": list(last.std)}
+        record = record | facts | {"asked": asked, "reshaped": sorted({*record.get("reshaped", []), *reshaped})}
+    record |= resize.said(before, config, other, image_size)
+    size, seen = config.image_size if image_size is None else image_size, config.channels
+    preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
     return Encoder(network, record, image_size, preprocess).eval()
 
 
 def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
-    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name."""
+    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name.
+
+    `prefix` stands before the names of what was taken: which of several networks in a file that is.
+    """
     family = found.family
     return {
         "family": family.name,
         "arch": found.size,
         "naming": found.naming,
+        "prefix": found.names.prefix,
         "size": network.config.image_size,
         "pooling": network.config.pooling,
         "mean": list(network.config.mean),
@@ -126,14 +190,8 @@ def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any
         "unexpected": [],
         "reshaped": sorted(name for ours, _, way in found.names.found if way is not published.SAME for name in ours),
         "ignored": found.names.ignored,
+        "preprocess": asdict(family.preprocess),
     }
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """To stderr, once a process, by the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 def _called(place: Path, config: dict[str, Any]) -> str:
@@ -178,52 +236,93 @@ def _network(family: str, settings: Any) -> Backbone:
     """A network whose buffers are filled and whose weights are not."""
     with torch.device("meta"):
         network = FAMILIES[family].network(settings)
-    network.to_empty(device="cpu").reset_buffers()
+    network.to_empty(device="cpu")
+    for _, buffer in network.named_buffers():
+        buffer.zero_()  # what a file may leave out: how many batches a norm has seen
+    network.reset_buffers()
     return network
 
 
-_KEPT = (
-    "heads", "eps", "activation", "qkv_bias", "layer_scale", "pre_norm", "patch_bias", "cls", "cls_position",
-    "registers", "mean", "std", "position_offset", "position_antialias", "rope_rounded",
+_NUMBERS = (
+    "width", "depth", "hidden", "patch", "patch_time", "image_size", "frames", "channels",
+    "kind", "blocks", "widths", "stride",
 )  # fmt: skip
-"""Switches that a published ViT keeps wherever its weights go on: with others they would be another function."""
+_CHOSEN = (*_NUMBERS, "mask_token", "pooling", "init")
+"""Numbers and sizes, which --arch and other settings say, and what a recipe decides."""
 
 
 def switches(encoder: Encoder) -> dict[str, Any]:
-    """What a network must be built with, beside its architecture and size, to go on from a published encoder."""
-    if encoder.record["family"] == "saccade" or not isinstance(encoder.backbone, ViT):
-        return {}
-    return {name: getattr(encoder.backbone.config, name) for name in _KEPT}
+    """What a network must be built with, beside its architecture and size, to go on from an encoder.
+
+    With others it would be another function. A table of positions is not among it: a recipe may prefer the formula
+    where the table holds just its numbers.
+    """
+    config = encoder.backbone.config.model_dump(mode="python")
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _CHOSEN and not (name == "position" and value == "learned")
+    }
 
 
 def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
-    """Puts an encoder's weights into a network of the same shapes and returns the encoder's record (hash, licence, …).
+    """Puts an encoder's weights into a network of its family and returns the encoder's record (hash, licence, …).
 
-    A ViT's learned position table of another size is resized. Raises `SaccadeError` when names or shapes differ.
+    Channels, patches and positions that are others are made to fit, recorded and said on stderr. Raises `SaccadeError`
+    when names or shapes differ otherwise.
     """
-    theirs, tensors = encoder.backbone, encoder.backbone.state_dict()
-    if isinstance(network, ViT) and isinstance(theirs, ViT):
-        _fit(network, theirs, tensors)
-    _into(network, tensors, Path(encoder.record["path"]))
-    return encoder.record
+    _into(network, resize.fitted(encoder.backbone, network), Path(encoder.record["path"]))
+    found = resize.said(encoder.backbone.config, network.config)
+    record = encoder.record | found
+    for name in ("channels", "patch"):
+        if name in record:
+            what = record[name]
+            say(f"saccade: {record['path']}: {name} from {what['from']} to {what['to']}: {what['how']}")
+    return record
 
 
-def _fit(vit: ViT, theirs: ViT, tensors: dict[str, Tensor]) -> None:
-    """The position table resized or left to the formula, and the mask token there or not, as the new ViT has them."""
-    if vit.config.position == theirs.config.position == "learned" and vit.config.grid != theirs.config.grid:
-        patches = theirs.position_table(vit.config.grid)
-        assert patches is not None
-        prefix = tensors["pos_embed"][:, : -math.prod(theirs.config.grid)]
-        tensors["pos_embed"] = torch.cat([prefix, patches.detach()], dim=1)
-    if vit.config.position.startswith("sincos") and theirs.config.position == "learned":
-        table = sincos(theirs.config.grid, theirs.config.width, vit.config.position == "sincos").float()
-        stored = tensors["pos_embed"][0]
-        if torch.allclose(stored[-len(table) :], table, atol=1e-4) and not stored[: -len(table)].any():
-            del tensors["pos_embed"]  # the very numbers that the formula gives
-    if vit.mask_token is not None and theirs.mask_token is None:  # it has nothing to do with what was learned
-        tensors["mask_token"] = vit.mask_token.detach()
-    if vit.mask_token is None:
-        tensors.pop("mask_token", None)
+def load_decoder(method: nn.Module, backbone: nn.Module, encoder: Encoder) -> dict[str, Any]:
+    """Gives a method the decoder that stands beside a published encoder, if it has such a one; returns what to record.
+
+    Where the method has another one, that starts afresh, and stderr says why. Raises `SaccadeError` for NaN in it.
+    """
+    family = published.families().get(encoder.record["family"])
+    inside = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
+    own = {name: tensor for name, tensor in method.state_dict(keep_vars=True).items() if id(tensor) not in inside}
+    if family is None or family.decoder is None or not own:
+        return {}
+    fetched = hub.find(encoder.record["path"], None, None)
+    folder, files = _find(encoder.record["path"] if fetched is None else fetched.folder)
+    decoder, place = family.decoder, Path(encoder.record["path"])
+    tensors = published.decoder_of(decoder, {key: x for file in files for key, x in read_tensors(file).items()})
+    if not own.keys() & tensors.keys():
+        return {}
+    _refuse_numbers(tensors, place)
+    heads = _config(folder / CONFIG).get(decoder.heads_key, decoder.heads)
+    ours = {
+        part.heads for part in method.modules() if isinstance(part, Attention) and id(part.qkv.weight) not in inside
+    }
+    table = tensors.pop(decoder.positions, None)
+    reason = _differences(own, tensors) or (f"it has {heads} heads" if ours != {heads} else "")
+    if not reason and table is not None and not _fixed(table):
+        reason = "its positions are not the fixed ones"
+    if reason:
+        say(f"saccade: {place} has a decoder that is not this recipe's, which starts afresh: {reason}")
+        return {"decoder": {"matched": 0, "reason": reason}}
+    method.load_state_dict(tensors, strict=False)
+    say(f"saccade: goes on with the decoder of {place}; {decoder.note}")
+    return {"decoder": {"matched": len(tensors), "note": decoder.note}}
+
+
+def _fixed(table: Tensor) -> bool:
+    """Whether a table [1 1+N D] holds the numbers of the formula, and none for the class token."""
+    side = math.isqrt(table.shape[1] - 1)
+    formula = sincos((side, side), table.shape[2]).float()
+    return (
+        len(formula) == table.shape[1] - 1
+        and not table[:, 0].any()
+        and torch.allclose(table[0, 1:], formula, atol=1e-4)
+    )
 
 
 def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
@@ -244,7 +343,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ARRAYS, *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"
@@ -267,9 +366,9 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _no_such(name: str, place: Path) -> SaccadeError:
-    if os.sep not in name and not place.suffix:
-        hint = "published names cannot be fetched yet; name a run, a folder or a file: .safetensors or an official .pth"
-        return SaccadeError(f"there is no backbone {name!r} here", path=name, hint=hint)
+    if os.sep not in name and place.suffix not in (".safetensors", *PICKLES):
+        error = f"there is no backbone {name!r} here, and no published one of that name"
+        return SaccadeError(error, path=name, hint=hub.similar(name))
     siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
     hint = nearest(place.name, siblings[:1000]) if 0 < len(siblings) <= 1000 else f"look at {place.parent}"
     return SaccadeError(f"there is no backbone {place}", path=place, hint=hint if len(hint) < 300 else None)
@@ -308,22 +407,25 @@ def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]
 
 def _into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
     """Copies tensors into a backbone. Raises `SaccadeError` when names or shapes differ."""
-    own = network.state_dict()
+    if differences := _differences(network.state_dict(), tensors):
+        raise SaccadeError(
+            f"{path} is a checkpoint of another architecture: {differences}",
+            path=path,
+            hint="give the --arch and --image-size that it was trained with",
+        )
+    network.load_state_dict(tensors)
+
+
+def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Names and shapes that are not alike, counted; nothing where all are."""
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     reshaped = [
         f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
         for name in own.keys() & tensors.keys()
         if tensors[name].shape != own[name].shape
     ]
-    differences = [
+    return "; ".join(
         f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("reshaped", sorted(reshaped)))
         if names
-    ]
-    if differences:
-        raise SaccadeError(
-            f"{path} is a checkpoint of another architecture: {'; '.join(differences)}",
-            path=path,
-            hint="give the --arch and --image-size that it was trained with",
-        )
-    network.load_state_dict(tensors)
+    )

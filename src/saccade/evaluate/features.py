@@ -60,7 +60,7 @@ def extract(
     found: dict[str, list[Tensor]] = {}
     good: list[int] = []
     failures: list[tuple[int, str, str]] = []
-    with examining(encoder) as where:
+    with examining(encoder) as look:
         reads = read_pictures(
             labelled.source, [encoder.preprocess], rows=rows.tolist(), batch=batch, workers=workers, words="evaluating"
         )
@@ -71,7 +71,7 @@ def extract(
                 continue
             images = read.views[0]
             for name, network in networks.items():
-                for pooling, vectors in _poolings(network, network(images.to(where))).items():
+                for pooling, vectors in _poolings(network, look(images, encoder=network)).items():
                     found.setdefault(f"{name}/{pooling}", []).append(vectors.float().cpu())
             if baselines:
                 copies = torch.stack([small(image, side) for image in images])

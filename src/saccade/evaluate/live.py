@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.data import Source
 from saccade.draws import Permutation
-from saccade.embed import examining, read_pictures
+from saccade.embed import Tokens, examining, read_pictures
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import knn, linear
@@ -58,8 +58,9 @@ class Live:
         apart = np.array([row in self._held for row in self._read])
         if apart.all() or not apart.any() or len(labels[torch.from_numpy(~apart)].unique()) < 2:
             raise SaccadeError("too few labelled pictures could be read", path="--eval", code=1)
-        with examining(encoder) as where:
-            vectors = torch.cat([encoder.embedding(encoder(part.to(where))).float() for part in self._pictures])
+        with examining(encoder) as look:
+            tokens: Tokens = "cls" if encoder.backbone.config.pooling == "cls" else "patches"
+            vectors = torch.cat([encoder.embedding(look(part, tokens=tokens)).float() for part in self._pictures])
         vectors, classes, held = vectors.clone(), len(self._data.classes), torch.from_numpy(apart).to(vectors.device)
         if not torch.isfinite(vectors).all():
             return {"knn": 0.0, "linear": 0.0}

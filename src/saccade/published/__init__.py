@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import os
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from saccade.errors import SaccadeError, nearest
@@ -61,7 +59,7 @@ TOKEN = Way(lambda theirs: [theirs[0][None, None]], lambda ours: [ours[0][0, 0]]
 """[D] to [1 1 D]."""
 UNBATCH = Way(lambda theirs: [theirs[0][0]], lambda ours: [ours[0][None]])
 """They have an axis more: [1 1 D] to [1 D]."""
-TRANSPOSED = Way(lambda theirs: [theirs[0].T.contiguous()], lambda ours: [ours[0].T.contiguous()])
+TRANSPOSED = Way(lambda theirs: [theirs[0].t().contiguous()], lambda ours: [ours[0].t().contiguous()])
 
 Names = str | tuple[str, ...]
 Rule = tuple[Names, Names] | tuple[Names, Names, Way]
@@ -73,8 +71,9 @@ class Naming:
     """How a project names the tensors of a family.
 
     `prefixes` may stand before every name, the wanted one first where several do; `ignored` are regular expressions of
-    names that belong to no encoder (heads, decoders); `optional` are our names that may be missing; `model_types` are
-    what a transformers config.json says.
+    names that belong to no encoder (heads, decoders); `optional` are our names, numbers in braces too, that may be
+    missing; `model_types` are what a transformers config.json says. `stacked` is the folder that holds all layers in
+    one tensor each, along a leading axis: `layer/x` for the rules' `layer_0/x`, `layer_1/x`, …
     """
 
     rules: tuple[Rule, ...]
@@ -82,6 +81,11 @@ class Naming:
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
+    stacked: str | None = None
+
+    def needed(self, ours: Iterable[str]) -> set[str]:
+        """Those of our names that may not be missing."""
+        return {name for name in ours if not any(_pattern(template).fullmatch(name) for template in self.optional)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,26 @@ class Size:
 
 
 @dataclass(frozen=True)
+class ConvnetSize:
+    """One published convnet, as `Size` is of ViTs: blocks and widths of its stages, a ResNet's kind of block."""
+
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    image_size: int
+    parameters: int
+    names: tuple[str, ...] = ()
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    kind: str | None = None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The numbers that tell sizes apart, by the names of the network's config."""
+        kind = {"kind": self.kind} if self.kind else {}
+        return {"blocks": self.blocks, "widths": self.widths, **kind}
+
+
+@dataclass(frozen=True)
 class Prepared:
     """How a family prepares a picture: short side to `resize`/`crop` of the native size, then the centre.
 
@@ -122,12 +146,29 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """What files of a family may hold beside the encoder, for a recipe that has the same to go on with.
+
+    `namings` lead to the names that the recipe's method gives its tensors; `positions` is the name of a table that a
+    method computes; the number of `heads` is in no tensor, but may be in a config.json (`heads_key`); `note` is said.
+    """
+
+    namings: tuple[Naming, ...]
+    positions: str
+    heads: int
+    heads_key: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of a family of checkpoints. `terms` is one sentence where the licence is not a free one.
 
-    `switches` are those of `ViTConfig` that no tensor tells (eps, activation, position, mean, std, …); `read` gives
-    further ones from our names' shapes and the config.json. `signs` are regular expressions for a file's or folder's
-    name, which decide where two families have the same tensors.
+    `switches` are those of the network's config that no tensor tells (eps, activation, position, mean, std, …); `read`
+    gives further ones from our names' shapes and the config.json, of a convnet all that tensors tell. `signs` are
+    regular expressions for a file's or folder's name, which decide where two families have the same tensors. `figures`
+    are top-1 on ImageNet-1k in percent, frozen, by size, as `figures_source` states them: `knn`, `linear` (on the class
+    token unless said), `linear_real` (on the labels of ImageNet-ReaL).
     """
 
     name: str
@@ -137,12 +178,15 @@ class Family:
     data: str
     pooling: str
     switches: Mapping[str, Any]
-    sizes: Mapping[str, Size]
+    sizes: Mapping[str, Size] | Mapping[str, ConvnetSize]
     namings: Mapping[str, Naming]
     preprocess: Prepared = Prepared()
     network: str = "vit"
     read: Callable[[Shapes, Mapping[str, Any]], Mapping[str, Any]] | None = None
     signs: tuple[str, ...] = ()
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    figures_source: str | None = None
+    decoder: Decoder | None = None
 
 
 class Sorted(NamedTuple):
@@ -160,7 +204,7 @@ class Sorted(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """The family, the naming and the size (None: none of the published) of a set of tensors, and its `ViTConfig`."""
+    """The family, the naming and the size (None: none of the published) of a set of tensors, and its settings."""
 
     family: Family
     naming: str
@@ -172,7 +216,7 @@ class Recognised(NamedTuple):
 def families() -> dict[str, Family]:
     """Every family, by name: those of the files in this folder."""
     pages = [importlib.import_module(f"{__name__}.{page.name}") for page in pkgutil.iter_modules(__path__)]
-    return {page.FAMILY.name: page.FAMILY for page in pages}
+    return {known.name: known for page in pages for known in vars(page).values() if isinstance(known, Family)}
 
 
 def _parts(rule: Rule) -> tuple[list[str], list[str], Way]:
@@ -196,6 +240,8 @@ def _apply(rules: Iterable[tuple[list[str], list[str], Way]], names: set[str]) -
             if match
         }
         for numbers in sorted(bound, key=lambda pairs: [int(number) for _, number in pairs]):
+            if any(name not in dict(numbers) for part in target for name in re.findall(r"{(\w+)}", part)):
+                continue  # a rule of one way: it drops a number that nothing could give back
             sources, targets = ([name.format(**dict(numbers)) for name in side] for side in (source, target))
             lacking = set(sources) - names
             missing |= lacking
@@ -227,23 +273,59 @@ def sort(naming: Naming, names: Iterable[str], prefix: str = "") -> Sorted:
 
 def to_ours(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
     """Their tensors by our names. What the naming does not know is left out; `sort` says what that is."""
+    tensors = unstacked(naming, tensors)
     result: dict[str, Any] = {}
     for ours, theirs, way in sort(naming, tensors, prefix).found:
         result.update(zip(ours, way.ours([tensors[name] for name in theirs]), strict=True))
     return result
 
 
+def decoder_of(decoder: Decoder, tensors: Tensors) -> dict[str, Any]:
+    """The tensors of a decoder by the names of a method; none where a file has none."""
+    ways = [(sort(naming, tensors, prefix), naming) for naming in decoder.namings for prefix in naming.prefixes]
+    names, naming = max(ways, key=lambda way: way[0].matched)
+    return to_ours(naming, tensors, names.prefix)
+
+
+def unstacked(naming: Naming, tensors: Tensors) -> Tensors:
+    """Every layer under its own name, where the naming keeps them in one tensor. A number has no layers and stays."""
+    folder = f"{naming.stacked}/"
+    if naming.stacked is None or not any(folder in name for name in tensors):
+        return tensors
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        layers = len(tensor) if folder in name and tensor.ndim and tensor.numel() else 0
+        names = [name.replace(folder, f"{naming.stacked}_{layer}/") for layer in range(layers)]
+        result |= dict(zip(names, tensor, strict=True)) if names else {name: tensor}
+    return result
+
+
+def _stacked(naming: Naming, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What `unstacked` was given."""
+    import torch
+
+    layers: dict[str, dict[int, Any]] = {}
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if found := re.search(rf"{naming.stacked}_(\d+)/", name):
+            together = name.replace(found[0], f"{naming.stacked}/")
+            layers.setdefault(together, {})[int(found[1])] = tensor
+        else:
+            result[name] = tensor
+    return result | {name: torch.stack([every[n] for n in sorted(every)]) for name, every in layers.items()}
+
+
 def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
     """Our tensors by their names, bit for bit what `to_ours` was given. Raises `SaccadeError` for what has no name."""
     found, _ = _apply([_parts(rule) for rule in naming.rules], set(tensors))
     known = {name for ours, _, _ in found for name in ours}
-    if nameless := sorted(tensors.keys() - known - set(naming.optional)):
+    if nameless := sorted(naming.needed(tensors.keys() - known)):
         raise SaccadeError(f"this naming has no place for {', '.join(nameless[:3])}", path=nameless[0])
     result: dict[str, Any] = {}
     for ours, theirs, way in found:
         values = way.theirs([tensors[name] for name in ours])
         result.update(zip((prefix + name for name in theirs), values, strict=True))
-    return result
+    return result if naming.stacked is None else _stacked(naming, result)
 
 
 def pairs(rules: Mapping[str, Names], before: tuple[str, str] = ("", "")) -> tuple[Rule, ...]:
@@ -305,7 +387,9 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
             hint=nearest(str(config["model_type"]), known),
         )
     whole = [found for found, reason in attempts if reason is None]
-    signed = [found for found in whole if any(re.search(sign, called, re.IGNORECASE) for sign in found.family.signs)]
+    signed = [found for found in whole if _signed(found.family, called)]
+    if halves := [] if signed else [attempt for attempt in attempts if _is_half(*attempt, called)]:
+        whole, attempts = [], halves
     distinct = {found.family.name: found for found in reversed(signed or whole)}  # the first naming that fits
     if len(distinct) == 1:
         return next(iter(distinct.values()))
@@ -316,7 +400,7 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
             path=called,
             hint=f"name the file or its folder so that it says which: {signs}",
         )
-    found, reason = max(attempts, key=lambda attempt: _likeness(attempt[0].names))
+    found, reason = max(attempts, key=lambda attempt: (bool(attempt[0].config), _likeness(attempt[0].names)))
     names = found.names
     if not names.matched:
         raise SaccadeError(
@@ -331,9 +415,19 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
     )
 
 
+def _signed(family: Family, called: str) -> bool:
+    return any(re.search(sign, called, re.IGNORECASE) for sign in family.signs)
+
+
+def _is_half(found: Recognised, reason: str | None, called: str) -> bool:
+    """Whether these are part of what their name says, and no more: what is left may be another family's whole."""
+    names = found.names
+    return bool(reason and names.matched and names.missing and not names.unexpected and _signed(found.family, called))
+
+
 def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
     kinds = {kind for naming in family.namings.values() for kind in naming.model_types}
-    return "model_type" not in config or config["model_type"] in kinds
+    return "model_type" not in config or str(config["model_type"]) in kinds
 
 
 def _likeness(names: Sorted) -> float:
@@ -344,6 +438,8 @@ def _attempt(
     family: Family, name: str, naming: Naming, shapes: Shapes, config: Mapping[str, Any], called: str
 ) -> tuple[Recognised, str | None]:
     """What the tensors are if they are this family's in this naming, and why they are not."""
+    if naming.stacked is not None:
+        shapes = {key: tuple(tensor.shape) for key, tensor in unstacked(naming, _hollow(shapes)).items()}
     names = max((sort(naming, shapes, prefix) for prefix in naming.prefixes), key=lambda names: names.matched)
     found = Recognised(family, name, None, {}, names)
     if not names.matched:
@@ -354,17 +450,19 @@ def _attempt(
         expected = _expected(family, switches)
     except SaccadeError as error:
         return found, f"{_counts(names)}; {error.error}"
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return found, f"{_counts(names)}; what tells its size is missing or of another shape"
     reshaped = [
         f"{key} {given[key]} for {expected[key]}"
         for key in given.keys() & expected.keys()
         if given[key] != expected[key]
     ]
-    lacking = _in_their_names(naming, expected.keys() - given.keys() - set(naming.optional), names.prefix, shapes)
+    once: set[str] = set()
+    doubled = [name for ours, theirs, _ in names.found if once & set(ours) or once.update(ours) for name in theirs]
+    lacking = _in_their_names(naming, naming.needed(expected.keys() - given.keys()), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
-        unexpected=sorted([*names.unexpected, *(given.keys() - expected.keys()), *reshaped]),
+        unexpected=sorted([*names.unexpected, *doubled, *(given.keys() - expected.keys()), *reshaped]),
     )
     found = found._replace(size=size, config=switches, names=names)
     return found, _counts(names) if names.missing or names.unexpected else None
@@ -385,11 +483,16 @@ def _counts(names: Sorted) -> str:
     return ", ".join(parts)
 
 
-def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+def _hollow(shapes: Shapes) -> dict[str, Any]:
+    """Tensors that hold nothing."""
     import torch
 
-    hollow = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name.startswith(prefix)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """What `to_ours` would give: the same table, on tensors that hold nothing."""
+    hollow = _hollow({name: shape for name, shape in shapes.items() if name.startswith(prefix)})
     result: dict[str, tuple[int, ...]] = {}
     for ours, theirs, way in sort(naming, hollow, prefix).found:
         try:
@@ -403,14 +506,20 @@ def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[
 
 def _expected(family: Family, switches: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the network that these switches describe. Raises `SaccadeError` where none does."""
+    return _built(family.network, tuple(sorted(switches.items())))
+
+
+@functools.lru_cache(8)
+def _built(network: str, switches: tuple[tuple[str, Any], ...]) -> dict[str, tuple[int, ...]]:
+    """Kept, for many families are the same network."""
     import torch
 
     from saccade.backbone import FAMILIES
 
-    kind = FAMILIES[family.network]
+    kind = FAMILIES[network]
     with torch.device("meta"):
-        network = kind.network(kind.config(**switches))
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        hollow = kind.network(kind.config(**dict(switches)))
+    return {name: tuple(tensor.shape) for name, tensor in hollow.state_dict().items()}
 
 
 def _geometry(
@@ -418,9 +527,9 @@ def _geometry(
 ) -> tuple[str | None, dict[str, Any]]:
     """The published size, where it is one, and the settings of the network. Raises `SaccadeError` or `LookupError`."""
     config = {**config, **config.get("vision_config", {})}
-    switches = {**family.switches, "pooling": family.pooling}
     if family.network != "vit":
-        return None, switches | dict(family.read(shapes, config) if family.read else {})
+        return _convnet(family, shapes, config, called)
+    switches = {**family.switches, "pooling": family.pooling}
     numbers = _numbers(shapes, config)
     cls = int(switches.get("cls", True) and switches.get("cls_position", True))
     if "pos_embed" in shapes:
@@ -458,22 +567,61 @@ def _geometry(
     return name if (name, size) in exact else None, switches
 
 
+def _convnet(
+    family: Family, shapes: Shapes, config: Mapping[str, Any], called: str
+) -> tuple[str | None, dict[str, Any]]:
+    """As `_geometry`. A size that is not published must be told by config.json: else half a network looks whole."""
+    numbers = dict(family.read(shapes, config) if family.read else {})
+    alike = [
+        (name, size)
+        for name, size in family.sizes.items()
+        if all(numbers[key] == value for key, value in size.numbers.items())
+    ]
+    name, size = _chosen(alike, called)
+    if size is None and "depths" not in config:
+        shown = ", ".join(f"{key} {'-'.join(map(str, numbers[key]))}" for key in ("blocks", "widths"))
+        raise SaccadeError(f"its size ({shown}) is none of the published ones, so nothing says that it is whole")
+    native = size.image_size if size else config.get("image_size", 224)
+    return name, {**family.switches, "image_size": native, **(size.switches if size else {}), **numbers}
+
+
+def stages(shapes: Shapes, config: Mapping[str, Any], template: str) -> tuple[int, ...]:
+    """Blocks of each stage: of config.json where it says them, else counted in names like `template` ({stage}, {n})."""
+    if "depths" in config:
+        return tuple(config["depths"])
+    counts: dict[int, int] = {}
+    for match in filter(None, map(_pattern(template).match, shapes)):
+        stage, number = int(match["stage"]), int(match["n"])
+        counts[stage] = max(counts.get(stage, 0), 1 + number)
+    return tuple(counts[stage] for stage in sorted(counts))
+
+
+def only(config: Mapping[str, Any], **said: Any) -> None:
+    """Raises `SaccadeError` where a transformers config.json says something else of one of these."""
+    for name, value in said.items():
+        if config.get(name, value) != value:
+            raise SaccadeError(f"its config.json says {name} {config[name]!r}: here it is {value!r}", path=name)
+
+
 def _numbers(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, int]:
     """What tensors tell of a ViT: width, depth, hidden, patch. The depth is config.json's where there is one."""
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     blocks = [int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")]
+    depth = config.get("num_hidden_layers", 1 + max(blocks))
+    if depth > len(shapes):  # before a network as deep is built to compare with
+        raise SaccadeError(f"it says that it has {depth} blocks, and has {len(shapes)} tensors")
     first = next(
         name for name in ("blocks.0.mlp.fc1.weight", "blocks.0.mlp.w1.weight", "") if name in shapes or not name
     )
     return {
         "width": width,
-        "depth": config.get("num_hidden_layers", 1 + max(blocks)),
+        "depth": depth,
         "hidden": shapes[first][0],
         "patch": patch,
     }
 
 
-def _chosen(sizes: list[tuple[str, Size]], called: str) -> tuple[str | None, Size | None]:
+def _chosen(sizes: list[tuple[str, Any]], called: str) -> tuple[str | None, Any]:
     """The one that the file's or folder's name says; any where they are alike. Raises `SaccadeError` where not."""
     said = [one for one in sizes if any(name.rpartition("/")[2] in called for name in one[1].names)] or sizes
     if not said:
@@ -486,6 +634,8 @@ def _chosen(sizes: list[tuple[str, Size]], called: str) -> tuple[str | None, Siz
 
 def listing(pattern: str = "*") -> list[dict[str, Any]]:
     """The published checkpoints whose name or family has the pattern in it, * and ? allowed. Raises `SaccadeError`."""
+    from saccade.hub import cached
+
     found: list[dict[str, Any]] = [
         {
             "name": size.names[0] if size.names else f"{family.name}/{name}",
@@ -495,7 +645,9 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
             "licence": family.licence,
             "terms": family.terms,
             "data": size.data or family.data,
-            "cached": any(map(_cached, size.names)),
+            "figures": {**family.figures[name], "source": family.figures_source} if name in family.figures else {},
+            "cached": any(map(cached, size.names)),
+            "cached_names": list(filter(cached, size.names)),
         }
         for family in families().values()
         for name, size in family.sizes.items()
@@ -510,12 +662,3 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
             hint=nearest(pattern, [*families(), *(str(row["name"]) for row in found)]),
         )
     return wanted
-
-
-def _cached(name: str) -> bool:
-    """Whether the Hugging Face cache of this machine has a snapshot of a repository."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "huggingface"
-    )
-    hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-    return any((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*"))

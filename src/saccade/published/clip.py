@@ -1,9 +1,10 @@
 """CLIP (arXiv 2103.00020): OpenAI's image towers. The projection into the space shared with texts is not part of them.
 
-QuickGELU, a norm before the first block and eps 1e-5 set it apart. Official files are TorchScript archives in float16:
-the state dict of one, saved by itself, is what can be read. timm's plain `.openai` names run with the exact GELU, which
-is not what these weights were trained with; here they get QuickGELU. Others trained CLIPs with the exact GELU: where
-the config.json says so, it is believed. OpenAI resized no positions: it is done as transformers does it (bicubic).
+QuickGELU, a norm before the first block and eps 1e-5 set it apart. Official files are TorchScript archives in float16,
+which are read for their tensors and not run (`torchscript`), or the state dict of one, saved by itself. timm's plain
+`.openai` names run with the exact GELU, which is not what these weights were trained with; here they get QuickGELU.
+Others trained CLIPs with the exact GELU: where the config.json says so, it is believed. OpenAI resized no positions: it
+is done as transformers does it (bicubic).
 """
 
 from __future__ import annotations

@@ -66,4 +66,11 @@ FAMILY = Family(
     },
     namings={"official": OFFICIAL, "transformers": TRANSFORMERS},
     signs=("dino(?!v)",),
+    figures={
+        "vit-s/16": {"knn": 74.5, "linear": 77.0},
+        "vit-s/8": {"knn": 78.3, "linear": 79.7},
+        "vit-b/16": {"knn": 76.1, "linear": 78.2},
+        "vit-b/8": {"knn": 77.4, "linear": 80.1},
+    },
+    figures_source="README of facebookresearch/dino; linear on the last layers' class tokens",
 )

@@ -17,7 +17,16 @@ _ATTENTION = tuple(f"attention.attention.{part}" for part in ("query", "key", "v
 _OUTSIDE = {name: name for name in ("patch_embed.proj", "norm")}
 _BLOCK = {f"blocks.{{n}}.{name}": f"blocks.{{n}}.{name}" for name in ("norm1", "attn.qkv", "attn.proj", "norm2")}
 _SCALES = tuple((f"blocks.{{n}}.ls{n}.gamma", f"blocks.{{n}}.ls{n}.gamma") for n in (1, 2))
-_PREFIXES = ("", "teacher.backbone.", "student.backbone.", "backbone.", "module.", "model.", "dinov2.")
+_PREFIXES = (
+    "",
+    "teacher.backbone.",
+    "model.teacher.backbone.",
+    "student.backbone.",
+    "backbone.",
+    "module.",
+    "model.",
+    "dinov2.",
+)
 
 
 def _gated(packed: str, last: str, block: str = "blocks.{n}.mlp.") -> tuple[Rule, ...]:
@@ -72,6 +81,23 @@ TRANSFORMERS = Naming(
     model_types=("dinov2", "dinov2_with_registers"),
 )
 
+CHUNKED = Naming(
+    rules=tuple(
+        (
+            ours,
+            tuple(
+                name.replace("blocks.{n}.", "blocks.{chunk}.{n}.")
+                for name in ([theirs] if isinstance(theirs, str) else theirs)
+            ),
+            *way,
+        )
+        for ours, theirs, *way in OFFICIAL.rules
+    ),
+    prefixes=_PREFIXES,
+    ignored=OFFICIAL.ignored,
+)
+"""Training checkpoints, whose blocks stand in chunks for sharding: the number of a block is the second one."""
+
 
 def _timm(mlp: tuple[Rule, ...], registers: bool) -> Naming:
     tokens: tuple[Rule, ...] = (("cls_token", "cls_token"), ("pos_embed", "pos_embed"))
@@ -120,6 +146,7 @@ FAMILY = Family(
     },
     namings={
         "official": OFFICIAL,
+        "official in chunks": CHUNKED,
         "transformers": TRANSFORMERS,
         "timm": _timm(_plain(), registers=False),
         "timm giant": _timm(_gated("fc1", "fc2"), registers=False),
@@ -128,4 +155,15 @@ FAMILY = Family(
     },
     read=_read,
     signs=("dinov2",),
+    figures={
+        "vit-s/14": {"knn": 79.0, "linear": 81.1},
+        "vit-s/14-registers": {"knn": 79.1, "linear": 80.9},
+        "vit-b/14": {"knn": 82.1, "linear": 84.5},
+        "vit-b/14-registers": {"knn": 82.0, "linear": 84.6},
+        "vit-l/14": {"knn": 83.5, "linear": 86.3},
+        "vit-l/14-registers": {"knn": 83.8, "linear": 86.7},
+        "vit-g/14": {"knn": 83.5, "linear": 86.5},
+        "vit-g/14-registers": {"knn": 83.7, "linear": 87.1},
+    },
+    figures_source="README of facebookresearch/dinov2",
 )

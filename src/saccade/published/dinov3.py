@@ -131,7 +131,8 @@ FAMILY = Family(
     name="dinov3",
     licence="DINOv3 License",
     licence_url="https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
-    terms="a custom licence: copies and derivatives only under the same agreement, and some uses are barred",
+    terms="a custom licence: copies and derivatives only under the same agreement and with its text, publications must "
+    "acknowledge it, military, nuclear, espionage and weapons uses are barred",
     data="LVD-1689M",
     pooling="cls",
     switches={"eps": 1e-5, "position": "rope", "rope_rounded": True, "layer_scale": 1e-5, "registers": 4, **IMAGENET},
@@ -156,4 +157,13 @@ FAMILY = Family(
     preprocess=Prepared(224, 224, "bilinear", square=True),
     read=_read,
     signs=("dinov3",),
+    figures={
+        "vit-s/16": {"linear_real": 87.0},
+        "vit-s+/16": {"linear_real": 88.0},
+        "vit-b/16": {"linear_real": 89.3},
+        "vit-l/16": {"linear_real": 90.2},
+        "vit-h+/16": {"linear_real": 90.3},
+        "vit-7b/16": {"linear": 88.4, "linear_real": 90.4},
+    },
+    figures_source="model card of facebookresearch/dinov3, and arXiv 2508.10104 for 88.4",
 )

@@ -23,6 +23,7 @@ OFFICIAL = Naming(
         "teacher.",
         "student.module.backbone.",
         "student.backbone.",
+        "student.",
         "module.backbone.",
         "backbone.",
         "module.",
@@ -45,4 +46,10 @@ FAMILY = Family(
     },
     namings={"official": OFFICIAL},
     signs=("ibot",),
+    figures={
+        "vit-s/16": {"knn": 75.2, "linear": 77.9},
+        "vit-b/16": {"knn": 77.1, "linear": 79.5},
+        "vit-l/16": {"knn": 78.0, "linear": 81.0},
+    },
+    figures_source="README of bytedance/ibot, trained on ImageNet-1k",
 )

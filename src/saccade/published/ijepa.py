@@ -70,4 +70,9 @@ FAMILY = Family(
         "timm": Naming(PLAIN, prefixes=("",), ignored=("head\\.",)),
     },
     signs=("jepa",),
+    figures={
+        "vit-h/14": {"linear": 79.3},
+        "vit-h/16-448": {"linear": 81.1},
+    },
+    figures_source="arXiv 2301.08243, table 1, trained on ImageNet-1k",
 )

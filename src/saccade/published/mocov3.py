@@ -37,4 +37,9 @@ FAMILY = Family(
         ),
     },
     signs=("moco",),
+    figures={
+        "vit-s/16": {"linear": 73.2},
+        "vit-b/16": {"linear": 76.7},
+    },
+    figures_source="README of facebookresearch/moco-v3",
 )

@@ -4,6 +4,10 @@ Both generations have the same tensors, so one family serves them; which one a f
 run with GELU by tanh, as trained: timm runs many of its copies with the exact one. Pictures are squeezed to a square.
 So400m/14 at "384" sees 27 x 27 patches, which are 378 pixels. Positions are resized bicubically, as transformers does
 it; the authors, who did so between stages of training, interpolate linearly from corner to corner.
+
+big_vision's own files (.npz) hold flax's arrays: kernels are [in, out], those of attention have the heads as an axis of
+their own ([D heads D/heads], and [heads D/heads D] on the way out), and the patch embedding is [row column C D]. SigLIP
+2 keeps all layers in one array each. Their text towers, temperature and bias are ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +15,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from saccade.published import APACHE, QUERY_REST, Family, Naming, Prepared, Shapes, Size, pairs
+from saccade.errors import SaccadeError
+from saccade.published import (
+    APACHE,
+    QUERY_REST,
+    SAME,
+    TRANSPOSED,
+    Family,
+    Naming,
+    Prepared,
+    Rule,
+    Shapes,
+    Size,
+    Way,
+    pairs,
+    rows,
+)
 from saccade.published.clip import TOWER, activation
 
 _POOL = {f"attn_pool.{name}": f"attn_pool.{name}" for name in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")}
@@ -53,6 +72,102 @@ TIMM = Naming(
     prefixes=("", "visual.trunk."),
     ignored=("head\\.",),
 )
+
+_IMAGE = Way(lambda theirs: [theirs[0].permute(3, 2, 0, 1).contiguous()], lambda ours: [ours[0].permute(2, 3, 1, 0)])
+
+
+def _heads(width: int) -> int:
+    """How many heads a published width has: the arrays of big_vision have an axis for them, ours do not."""
+    for size in FAMILY.sizes.values():
+        if size.width == width:
+            return size.heads
+    raise SaccadeError(f"width {width} is none of SigLIP's, so nothing says how many heads it has", path="width")
+
+
+def _matrices(count: int) -> Way:
+    """So many kernels [D heads D/heads] to one matrix of as many parts."""
+
+    def theirs(ours: list[Any]) -> list[Any]:
+        width = ours[0].shape[1]
+        return [part.t().reshape(width, _heads(width), -1) for part in ours[0].chunk(count)]
+
+    return Way(lambda theirs: _rows([kernel.flatten(1).t() for kernel in theirs]), theirs)
+
+
+def _vectors(count: int) -> Way:
+    """So many biases [heads D/heads] to one."""
+
+    def theirs(ours: list[Any]) -> list[Any]:
+        return [part.reshape(_heads(len(part)), -1) for part in ours[0].chunk(count)]
+
+    return Way(lambda theirs: _rows([bias.flatten() for bias in theirs]), theirs)
+
+
+def _rows(parts: list[Any]) -> list[Any]:
+    return [part.contiguous() for part in rows(parts)]
+
+
+def _back(ours: list[Any]) -> list[Any]:
+    width = len(ours[0])
+    return [ours[0].t().reshape(_heads(width), -1, width)]
+
+
+_OUT = Way(lambda theirs: [theirs[0].flatten(0, 1).t().contiguous()], _back)
+_MIXER = "MultiHeadDotProductAttention_0/"
+
+
+def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return ((f"{ours}.weight", f"{theirs}/scale"), (f"{ours}.bias", f"{theirs}/bias"))
+
+
+def _dense(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return ((f"{ours}.weight", f"{theirs}/kernel", TRANSPOSED), (f"{ours}.bias", f"{theirs}/bias"))
+
+
+def _projected(ours: str, theirs: str, parts: tuple[str, ...]) -> tuple[Rule, ...]:
+    return tuple(
+        (f"{ours}.{kind}", tuple(f"{theirs}{_MIXER}{part}/{their_kind}" for part in parts), way)
+        for kind, their_kind, way in (
+            ("weight", "kernel", _matrices(len(parts))),
+            ("bias", "bias", _vectors(len(parts))),
+        )
+    )
+
+
+def _layer(ours: str, theirs: str, norm: str, projection: str) -> tuple[Rule, ...]:
+    """What a block and the attention pool share: the way out, and an MLP after a norm."""
+    return (
+        (f"{projection}.weight", f"{theirs}{_MIXER}out/kernel", _OUT),
+        (f"{projection}.bias", f"{theirs}{_MIXER}out/bias"),
+        *_norm(f"{ours}{norm}", f"{theirs}LayerNorm_{1 if norm == 'norm2' else 0}"),
+        *_dense(f"{ours}mlp.fc1", f"{theirs}MlpBlock_0/Dense_0"),
+        *_dense(f"{ours}mlp.fc2", f"{theirs}MlpBlock_0/Dense_1"),
+    )
+
+
+_BLOCK, _LAYER, _MAP = "blocks.{n}.", "Transformer/encoderblock_{n}/", "MAPHead_0/"
+
+
+def big_vision(patches: Way, stacked: bool, table: Way = SAME) -> Naming:
+    """The names of the authors' own files, and how the patch embedding's kernel and the positions become ours."""
+    return Naming(
+        rules=(
+            ("pos_embed", "pos_embedding", table),
+            ("patch_embed.proj.weight", "embedding/kernel", patches),
+            ("patch_embed.proj.bias", "embedding/bias"),
+            *_norm(f"{_BLOCK}norm1", f"{_LAYER}LayerNorm_0"),
+            *_projected(f"{_BLOCK}attn.qkv", _LAYER, ("query", "key", "value")),
+            *_layer(_BLOCK, _LAYER, "norm2", f"{_BLOCK}attn.proj"),
+            *_norm("norm", "Transformer/encoder_norm"),
+            ("attn_pool.latent", f"{_MAP}probe"),
+            *_projected("attn_pool.q", _MAP, ("query",)),
+            *_projected("attn_pool.kv", _MAP, ("key", "value")),
+            *_layer("attn_pool.", _MAP, "norm", "attn_pool.proj"),
+        ),
+        prefixes=("params/img/", "img/"),
+        ignored=("head/",),
+        stacked="encoderblock" if stacked else None,
+    )
 
 
 def _read(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -106,7 +221,12 @@ FAMILY = Family(
         "vit-g/16-256": _size(_G, "giant-opt", 16, 256, "2", 1_163_168_256),
         "vit-g/16-384": _size(_G, "giant-opt", 16, 384, "2", 1_163_659_776),
     },
-    namings={"transformers": TRANSFORMERS, "timm": TIMM},
+    namings={
+        "transformers": TRANSFORMERS,
+        "timm": TIMM,
+        "big_vision": big_vision(_IMAGE, stacked=False),
+        "big_vision stacked": big_vision(_IMAGE, stacked=True),
+    },
     preprocess=Prepared(interpolation="bilinear", square=True),
     read=_read,
     signs=("siglip",),

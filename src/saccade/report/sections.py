@@ -332,7 +332,8 @@ def record(run: Run) -> Section:
         ("Initial weights", _origin(initial)),
         (
             "Licence of the weights",
-            text_of(initial.get("licence")) or ("" if initial.get("weights") == "random" else "not recorded"),
+            ", ".join(text_of(initial[name]) for name in ("licence", "terms") if initial.get(name))
+            or ("" if initial.get("weights") == "random" else "not recorded"),
         ),
         ("Set aside as unreadable", text_of(summary.get("quarantined"))),
         ("Checkpoint", text_of(summary.get("checkpoint"))),
