@@ -286,11 +286,17 @@ class Rotation(nn.Module):
         periods = 100.0 ** (steps / count)
         self.periods.copy_(periods.bfloat16() if self.rounded else periods)
 
-    def forward(self, grid: tuple[int, ...], still: int) -> tuple[Tensor, Tensor]:
-        """Sines, those of the first half negative, and cosines [1 still+N head]; the first `still` are not turned."""
+    def forward(
+        self, grid: tuple[int, ...], still: int, stretch: Float[Tensor, ""] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sines, those of the first half negative, and cosines [1 still+N head]; the first `still` are not turned.
+
+        `stretch`: a factor of all coordinates.
+        """
         device, dtype = self.periods.device, self.periods.dtype
         sides = torch.tensor(grid, device=device, dtype=dtype)
         coordinates = (places(grid, device).to(dtype) + 0.5) / sides * 2 - 1
+        coordinates = coordinates if stretch is None else coordinates * stretch
         angles = (2 * math.pi * coordinates[..., None] / self.periods).flatten(1)  # [N axes*count]
         angles = F.pad(angles, (0, self.head // 2 - angles.shape[1], still, 0))[None]
         sine, cosine = angles.sin(), angles.cos()
@@ -568,16 +574,19 @@ class ViT(nn.Module):
             )
         grid = grid_of(tuple(images.shape[2:]), config.patch, config.patch_time)
         x = torch.cat([*self._prefix(len(images)), self._embed(images, keep, hide, grid)], 1)
-        position = places(grid, images.device)
-        rope = None if self.rope_embed is None else self.rope_embed(grid, self.prefix)
+        positions = places(grid, images.device)
+        positions = positions.expand(len(images), -1, -1) if keep is None else positions[keep]
+        return self.norm_pre(x), self._rope(grid, keep), positions, grid
+
+    def _rope(self, grid: tuple[int, ...], keep: Tensor | None, stretch: Tensor | None = None) -> Rope:
+        """The rotations of all tokens, or of those that are kept, where there are any."""
+        if self.rope_embed is None:
+            return None
+        rope = self.rope_embed(grid, self.prefix, stretch)
         if keep is None:
-            return self.norm_pre(x), rope, position.expand(len(images), -1, -1), grid
-        if rope is not None:
-            rows = torch.cat(
-                [torch.arange(self.prefix, device=keep.device).expand(len(keep), -1), keep + self.prefix], 1
-            )
-            rope = (rope[0][0][rows], rope[1][0][rows])
-        return self.norm_pre(x), rope, position[keep], grid
+            return rope
+        rows = torch.cat([torch.arange(self.prefix, device=keep.device).expand(len(keep), -1), keep + self.prefix], 1)
+        return rope[0][0][rows], rope[1][0][rows]
 
     def _leave(self, x: Tensor, positions: Tensor, grid: tuple[int, ...]) -> Features:
         """All tokens of a sequence, normed, as features."""
@@ -594,6 +603,8 @@ class ViT(nn.Module):
         *,
         tokens: Literal["all", "cls", "patches"] | Int[Tensor, "b q"] = "all",
         drop: Float[Tensor, "b branches"] | None = None,
+        stretch: Float[Tensor, " blocks"] | None = None,
+        norm: nn.LayerNorm | None = None,
     ) -> Features:
         """Features of pictures [B C H W], or clips [B T C H W], of any size that the patch divides.
 
@@ -601,12 +612,15 @@ class ViT(nn.Module):
         hide: patches that become the mask token.
         tokens: what the last block computes: everything, one kind, or the class token and these patches by index.
         drop: factors of each sample's residual branches, two a block (`stochastic_depth`).
+        stretch: factors of RoPE's coordinates, one a block (DINOv3's augmentation in training).
+        norm: stands for the last norm where only the class token is computed (DINOv3's, of small crops in training).
         """
         x, rope, positions, grid = self._enter(images, keep, hide)
         drops = [None] * len(self.blocks) if drop is None else drop.split(2, 1)
-        for block, dropped in zip(self.blocks[:-1], drops, strict=False):
-            x = block(x, rope, drop=dropped)
-        last = functools.partial(self.blocks[-1], x, rope, drop=drops[-1])
+        ropes = [rope] * len(self.blocks) if stretch is None else [self._rope(grid, keep, by) for by in stretch]
+        for block, turned, dropped in zip(self.blocks[:-1], ropes, drops, strict=False):
+            x = block(x, turned, drop=dropped)
+        last = functools.partial(self.blocks[-1], x, ropes[-1], drop=drops[-1])
         if isinstance(tokens, str) and tokens == "all":
             return self._leave(last(), positions, grid)
         if isinstance(tokens, str) and tokens == "patches":
@@ -619,7 +633,7 @@ class ViT(nn.Module):
         else:
             rows = torch.cat([tokens.new_zeros(len(tokens), 1), tokens + self.prefix], 1)
             positions = take(positions, tokens)
-        x = self.norm(last(rows))
+        x = (self.norm if norm is None else norm)(last(rows))
         cls, patches = x.split([1, positions.shape[1]], 1)
         return Features(cls[:, 0], patches[:, :0], patches, positions, grid)
 
