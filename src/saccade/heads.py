@@ -79,7 +79,8 @@ class Assignment(nn.Module):
 
     `centre`: the mean logits of former steps are taken out (DINO); `sinkhorn`: every prototype gets its share within
     the batch (SwAV, DINOv2's giant, DINOv3). Few samples cannot share many prototypes: `queue` bottlenecks of former
-    steps, scored anew, stand beside them. While the queue fills, its rest are zeros, which are alike to all prototypes.
+    steps, scored anew, stand beside them. Zeros are places of the queue that are still empty, and are left out: as
+    samples, alike to all prototypes, they would take up all that is unused and leave the batch a plain softmax.
     """
 
     def __init__(
@@ -106,7 +107,9 @@ class Assignment(nn.Module):
             if not self.queue:
                 return losses.sinkhorn_knopp(logits, temperature)
             self._fresh.append(bottlenecks)
-            return losses.sinkhorn_knopp(logits, temperature, head.score(self.past).to(logits.dtype))
+            empty = ~self.past.any(1, keepdim=True)
+            past = head.score(self.past).to(logits.dtype).masked_fill(empty, -torch.inf)
+            return losses.sinkhorn_knopp(logits, temperature, past)
         self.sums += logits.sum(0)
         self.count += len(logits)
         return ((logits - self.centre) / temperature).softmax(-1)

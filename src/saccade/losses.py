@@ -36,17 +36,22 @@ def sinkhorn_knopp(
     """Probabilities in which all samples of all ranks together use every prototype alike (SwAV, arXiv 2006.09882).
 
     Rows and columns of exp(logits / temperature) are scaled in turn; the last turn makes each sample's sum 1. `past`
-    are logits of former batches, the same on every rank: with them a small batch is judged among many samples.
-    In float32 at least. The largest logit is taken out first, which changes nothing and keeps exp from overflowing.
+    are logits of former batches, the same on every rank: with them a small batch is judged among many samples. Its rows
+    of -inf are places that nothing has come to yet, and count for nothing.
+    In float32 at least. Each sample's largest logit is taken out and weighs the sample in the first turn alone, which
+    is the same and keeps exp from overflowing, and from vanishing where one sample's logits are far above another's.
     """
     rows = logits if past is None else torch.cat([logits, past[distributed.rank() :: distributed.world()]])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
-    share = (rows - distributed.largest(rows.max() if len(rows) else rows.new_tensor(-torch.inf))).exp()
-    count = distributed.total(share.new_tensor(float(len(share))))
-    least = torch.finfo(share.dtype).tiny
-    for _ in range(iterations):
-        share = share / distributed.total(share.sum(0)).clamp(min=least) / share.shape[1]
-        share = share / share.sum(1, keepdim=True).clamp(min=least) / count
+    limits = torch.finfo(rows.dtype)
+    most = rows.amax(1, keepdim=True)
+    share = (rows - most.clamp(min=limits.min)).exp()
+    weight = (most - distributed.largest(most.max() if len(rows) else rows.new_tensor(-torch.inf))).exp()
+    count = distributed.total(most.isfinite().sum().to(rows.dtype))
+    for turn in range(iterations):
+        used = distributed.total((share if turn else weight * share).sum(0))
+        share = share / used.clamp(min=limits.tiny) / share.shape[1]
+        share = share / share.sum(1, keepdim=True).clamp(min=limits.tiny) / count
     return share[: len(logits)] * count
 
 

@@ -51,7 +51,8 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     """Two large crops [2B C S S] with what is hidden of them [2B N], small ones, and words for stochastic depth."""
     made = augment.multi_crop(config, batch, draws, blurred=(1.0, 0.1, 0.5))
     strata = draws.step("masked").uniform(2).T.flatten()
-    return made | {"hide": masking.block_masks(config, draws, strata, made["globals"], fill=False)}
+    hide = masking.block_masks(config, draws, strata, made["globals"], fill=False, smallest="ninth")
+    return made | {"hide": hide}
 
 
 class Method(recipe.Method):
