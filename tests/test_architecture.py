@@ -24,10 +24,13 @@ LAYERS = {
     ),
     "recipe": 1,
     "recipes": 2,
-    **dict.fromkeys(["run", "weights", "encoder", "tensors", "hub", "published", "health", "model", "progress"], 3),
+    **dict.fromkeys(
+        ["run", "weights", "encoder", "tensors", "hub", "published", "health", "model", "progress", "naming"], 3
+    ),
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
     "watch": 4,
+    "card": 4,
     "cli": 5,
     "__main__": 6,
 }

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saccade import published
+from saccade import naming, published
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, nearest
@@ -29,6 +30,8 @@ from saccade.tensors import PICKLES, hash_of, read_tensors
 from saccade.vit import ViT, sincos
 
 FORMAT = "saccade-backbone-1"
+EXPORTED = "saccade"
+"""Where the config.json of an export says what the network is, beside what another library reads there."""
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHARDS, BIN = f"{WEIGHTS}.index.json", "pytorch_model.bin"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -59,6 +62,8 @@ def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
     """
     folder, files = _find(backbone)
     config = _config(folder / CONFIG)
+    if isinstance(config.get(EXPORTED), dict):
+        return _load_exported(Path(backbone).expanduser(), files, config, image_size)
     if config.get("format") is None:
         return _load_published(Path(backbone).expanduser(), files, config, image_size)
     if config["format"] != FORMAT or not isinstance(config.get("weights"), dict):
@@ -104,6 +109,65 @@ def _load_published(place: Path, files: list[Path], config: dict[str, Any], imag
     size = network.config.image_size if image_size is None else image_size
     preprocess = Preprocess.of(family.preprocess, size, network.config.channels)
     return Encoder(network, record, image_size, preprocess).eval()
+
+
+def _load_exported(place: Path, files: list[Path], config: dict[str, Any], image_size: int | None) -> Encoder:
+    """The encoder of an export, also after another library trained it on. Raises `SaccadeError`."""
+    said, path = config[EXPORTED], place / CONFIG
+    try:
+        kind, page, table = (str(said[name]) for name in ("network", "page", "naming"))
+        settings, prepared = FAMILIES[kind].config(**said["config"]), Preprocess(**said["preprocess"])
+        record = dict(said["record"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise SaccadeError(
+            f"{path} does not say what was exported: {str(error).splitlines()[0]}", path=path, hint="copy it again"
+        ) from None
+    _agrees(config, settings, path)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    rules = naming.naming(page, table)
+    names = max((published.sort(rules, tensors, prefix) for prefix in rules.prefixes), key=lambda one: one.matched)
+    if names.missing or names.unexpected:
+        raise SaccadeError(
+            f"{place} is not what its {CONFIG} describes: {published.counts(names)}", path=place, hint="copy it again"
+        )
+    _refuse_numbers(tensors, place)
+    try:
+        settings, ours = naming.unfold(settings, published.to_ours(rules, tensors, names.prefix))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise SaccadeError(f"{place} has tensors of other shapes: {error}", path=place, hint="copy it again") from None
+    network = _network(kind, settings)
+    own = network.state_dict()
+    _into(network, {name: own[name] for name in rules.optional if name in own} | ours, place)
+    if record.get("terms"):
+        _say(f"saccade: {record.get('family')} weights: {record.get('licence')}, {record['terms']}")
+    record |= {
+        "naming": table,
+        "size": network.config.image_size,
+        "hash": hash_of(*files),
+        "matched": len(ours),
+        "missing": [],
+        "unexpected": [],
+        "ignored": names.ignored,
+        "path": str(place.absolute()),
+    }
+    if image_size is not None:
+        resize = round(image_size * prepared.resize / prepared.crop)
+        prepared = replace(prepared, resize=resize, crop=image_size)
+    return Encoder(network, record, image_size, prepared).eval()
+
+
+def _agrees(config: dict[str, Any], settings: Any, path: Path) -> None:
+    """Raises `SaccadeError` where what transformers reads in a config.json was changed and what we read was not."""
+    if "model_type" not in config:
+        return
+    facts = naming.transformers(settings, "").facts
+    for name in ("hidden_act", "layer_norm_eps", "num_attention_heads"):
+        if name in config and name in facts and config[name] != facts[name]:
+            raise SaccadeError(
+                f"{path} says {name} {config[name]!r}, but the network that was exported has {facts[name]!r}",
+                path=path,
+                hint=f"put it back, or take out the key {EXPORTED!r} if the network is another now",
+            )
 
 
 def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
