@@ -1,9 +1,9 @@
-"""The card that goes with an export: what it is, where it comes from, how good it is, under which terms, how to load it."""
+"""The card that goes with an export: what it is, how to load it, where it comes from, how good it is, its terms."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from saccade import __version__
 from saccade.encoder import Encoder
 
-_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-NC-4.0": "cc-by-nc-4.0"}
+_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-NC-4.0": "cc-by-nc-4.0", "unknown": "unknown"}
 """As the hub spells them; any other is `other`, with its name."""
 
 _CARD = """\
@@ -84,7 +84,9 @@ _LOADS = {
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
         "features = model.forward_features(transform(picture)[None])"
     ),
-    "safetensors": 'import saccade\n\nencoder = saccade.load("PATH")\nfeatures = encoder(encoder.preprocess(picture)[None])',
+    "safetensors": (
+        'import saccade\n\nencoder = saccade.load("PATH")\nfeatures = encoder(encoder.preprocess(picture)[None])'
+    ),
     "onnx": (
         "import onnxruntime\n\n"
         'session = onnxruntime.InferenceSession("PATH/model.onnx")\n'
@@ -94,9 +96,14 @@ _LOADS = {
 _LIBRARIES = {"hf": "transformers", "timm": "timm", "safetensors": "saccade", "onnx": "onnx"}
 
 
-def write(directory: Path, encoder: Encoder, to: str, digest: str, notes: tuple[str, ...]) -> Path:
-    """README.md of an export. `digest` is the hash of its weights, `notes` what a user of that library must know."""
-    record, run = encoder.record, of_run(Path(str(encoder.record.get("path", ""))))
+def write(directory: Path, encoder: Encoder, to: str, called: str, digest: str, notes: Sequence[str]) -> Path:
+    """README.md of an export that will be `called` so, with the hash of its weights.
+
+    `notes` are what a user of that library must know.
+    """
+    record = encoder.record
+    run = of_run(Path(str(record.get("path", "")))) if record["family"] == "saccade" else {}
+    evaluations = run.get("summary", {}).get("eval") or []
     terms = terms_of(record)
     title = f"{name_of(record)} ({record.get('recipe') or record['family']})"
     page = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(_CARD)
@@ -108,10 +115,10 @@ def write(directory: Path, encoder: Encoder, to: str, digest: str, notes: tuple[
         title=title,
         what="An encoder of pictures: it gives features, and has no head. Exported by saccade.",
         facts=_facts(encoder),
-        load=_LOADS[to],
+        load=_LOADS[to].replace("PATH", called),
         notes=notes,
         origin=_origin(record, run, digest),
-        evaluations=run.get("summary", {}).get("eval") or [],
+        evaluations=[row for row in evaluations if row["step"] == record.get("steps")],
         terms=terms["text"],
     )
     path = directory / "README.md"
@@ -133,9 +140,9 @@ def _facts(encoder: Encoder) -> list[tuple[str, str]]:
         ("family", str(record["family"])),
         ("size", name_of(record)),
         ("parameters", f"{sum(part.numel() for part in encoder.backbone.parameters()):,}"),
-        ("features", f"{config.width} wide, {' × '.join(map(str, config.grid))} patches at the native size"),
+        ("features", f"{config.width} wide, {' x '.join(map(str, config.grid))} patches at the native size"),
         ("the one vector", {"cls": "class token", "mean": "mean of the patches"}.get(config.pooling, config.pooling)),
-        ("native size", f"{config.image_size} × {config.image_size}, {config.channels} channels"),
+        ("native size", f"{config.image_size} x {config.image_size}, {config.channels} channels"),
         ("preparation", f"{resized}, {prepare.interpolation}; numbers in [0, 1], then mean and spread"),
         ("mean", ", ".join(f"{value:g}" for value in config.mean)),
         ("spread", ", ".join(f"{value:g}" for value in config.std)),
@@ -168,14 +175,15 @@ def _started(start: Mapping[str, Any]) -> str | None:
         return None
     if start.get("weights") == "random":
         return f"random weights, seed {start.get('seed')}"
-    return f"{start.get('family')} {start.get('arch') or ''}, weights `{start.get('hash')}`, licence {start.get('licence')}"
+    called = " ".join(str(start[name]) for name in ("family", "arch") if start.get(name))
+    return f"{called}, weights `{start.get('hash')}`, licence {start.get('licence')}"
 
 
 def of_run(place: Path) -> dict[str, Any]:
-    """The record.json of the run that a backbone lies in; nothing where it lies in none."""
-    for folder in (place, place.parent):
-        path = folder / "record.json"
-        if folder.name and path.is_file():
+    """The record.json of the run that a backbone lies in, or an empty one."""
+    folder = place if place.is_dir() else place.parent
+    for path in (folder / "record.json", folder.parent / "record.json"):
+        if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
@@ -185,21 +193,21 @@ def of_run(place: Path) -> dict[str, Any]:
 
 
 def terms_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Licence, its address, and a text: of published weights, or of those that a run started from, however far back."""
+    """Licence, its address, its terms and a text: of published weights, or of those that a run started from.
+
+    However far back: a run that started from a run that started from DINOv3 is under DINOv3's licence.
+    """
     chain = [record]
     while isinstance(chain[-1].get("initial"), Mapping):
         chain.append(chain[-1]["initial"])
-    bound = next((link for link in chain if link.get("licence")), None)
+    bound = next((link for link in reversed(chain) if link.get("licence")), None)
     if bound is None:
-        text = "Trained from random weights: the licence is for whoever trained it to choose, within the terms of the data."
+        text = "Trained from random weights: the licence is for who trained it to choose, within the terms of the data."
         return {"licence": None, "licence_url": None, "terms": None, "text": text}
-    said = next((link for link in chain if link.get("family") not in (None, "saccade")), bound)
-    origin = "These weights" if said is record else f"Started from {said.get('family')} weights, which"
-    verb = "are under" if said is record else "are under"
-    text = f"{origin} {verb} {bound['licence']}"
-    text += f": {said['terms']}." if said.get("terms") else "."
-    text += f" {said['licence_url']}" if said.get("licence_url") else ""
-    if said is not record:
-        text += " What was trained from them is bound by it, and by the terms of the data."
-    url, terms = said.get("licence_url"), said.get("terms")
+    whose = "These weights" if bound is record else f"It started from {bound.get('family')} weights, which"
+    terms, url = bound.get("terms"), bound.get("licence_url")
+    text = f"{whose} are under the licence {bound['licence']}" + (f": {terms}." if terms else ".")
+    text += f" <{url}>" if url else ""
+    if bound is not record:
+        text += " What was trained from them is bound by it too, and by the terms of the data."
     return {"licence": bound["licence"], "licence_url": url, "terms": terms, "text": text}

@@ -69,7 +69,12 @@ def export(backbone: str | Path | Encoder, *, to: str, out: str | Path) -> dict[
                 hint="nothing was kept; this is a fault of saccade's, please report it with the backbone's config.json",
                 code=1,
             )
-        card.write(folder, encoder, arguments.to, hash_of(written.weights), written.notes)
+        notes = list(written.notes)
+        if "unrounded" in found:
+            notes.append(
+                f"with its own periods the features differ by up to {found['unrounded']:.2g} at the native size"
+            )
+        card.write(folder, encoder, arguments.to, place.name, hash_of(written.weights), notes)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     terms = card.terms_of(encoder.record)
     return {
@@ -81,7 +86,7 @@ def export(backbone: str | Path | Encoder, *, to: str, out: str | Path) -> dict[
         "licence": terms["licence"],
         "terms": terms["terms"],
         "left_out": written.left_out,
-        "notes": list(written.notes),
+        "notes": notes,
     }
 
 
@@ -94,7 +99,8 @@ def _beside(place: Path) -> Iterator[Path]:
         yield folder
         mask = os.umask(0)
         os.umask(mask)
-        folder.chmod(0o777 & ~mask)
+        for path in (folder, *folder.rglob("*")):  # made for one user alone, by tempfile and by safetensors
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         os.rename(folder, place)  # onto nothing, or an empty folder: else it fails
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -242,8 +248,10 @@ def _version(library: str) -> str:
 
 
 def _pictures(encoder: Encoder) -> Tensor:
-    side, channels = encoder.backbone.config.image_size, encoder.backbone.config.channels
-    return torch.rand(2, channels, side, side, generator=torch.Generator().manual_seed(0))
+    config: Any = encoder.backbone.config
+    time = [config.frames] if getattr(config, "patch_time", None) else []
+    shape = (2, *time, config.channels, config.image_size, config.image_size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _features(encoder: Encoder, pictures: Tensor) -> dict[str, Tensor]:
