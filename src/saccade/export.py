@@ -112,7 +112,7 @@ def _write_hf(encoder: Encoder, folder: Path) -> Written:
     target = naming.transformers(config, str(encoder.record["family"]))
     facts = {"model_type": target.architecture, **target.facts, "dtype": "float32"}
     (folder / _PROCESSOR).write_text(_json(_processor(encoder)), encoding="utf-8")
-    return _write(encoder, folder, target, facts)
+    return _write(encoder, folder, target, facts, naming.fold(target, encoder.backbone.config, _state(encoder)))
 
 
 def _write_timm(encoder: Encoder, folder: Path) -> Written:
@@ -127,17 +127,17 @@ def _write_timm(encoder: Encoder, folder: Path) -> Written:
         "pretrained_cfg": _pretrained(encoder),
         **target.facts,
     }
-    return _write(encoder, folder, target, facts)
+    return _write(encoder, folder, target, facts, naming.fold(target, encoder.backbone.config, _state(encoder)))
 
 
 def _write_safetensors(encoder: Encoder, folder: Path) -> Written:
-    """The official names of the family, where it has some; else ours."""
+    """The names that a family is known by, its authors' where they are known; a run's are ours."""
     known = published.families().get(str(encoder.record["family"]))
-    if known is None or "official" not in known.namings:
+    if known is None:
         weights.save_backbone(folder, encoder.backbone, _provenance(encoder))
         return Written(folder / weights.WEIGHTS, (), [], None)
-    target = Target(known.name, known.name, "official", {})
-    return _write(encoder, folder, target, {})
+    target = Target(known.name, known.name, next(iter(known.namings)), {})
+    return _write(encoder, folder, target, {}, _state(encoder))
 
 
 def _write_onnx(encoder: Encoder, folder: Path) -> Written:
@@ -148,16 +148,18 @@ def _write_onnx(encoder: Encoder, folder: Path) -> Written:
 _WRITERS = {"hf": _write_hf, "timm": _write_timm, "safetensors": _write_safetensors, "onnx": _write_onnx}
 
 
-def _write(encoder: Encoder, folder: Path, target: Target, facts: Mapping[str, Any]) -> Written:
+def _state(encoder: Encoder) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in encoder.backbone.state_dict().items()}
+
+
+def _write(
+    encoder: Encoder, folder: Path, target: Target, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Written:
     """Weights under the target's names, and config.json with its facts and ours."""
-    config = encoder.backbone.config
-    own = encoder.backbone.state_dict()
-    state = {name: tensor.detach().cpu() for name, tensor in own.items()}
-    rules = naming.naming(target.page, target.naming)
-    made = state if target.naming == "official" else naming.fold(target, config, state)
-    optional = {name for name in rules.optional if name in made}
-    left_out = sorted(name for name in (own.keys() - made.keys()) | optional if name != "rope_embed.periods")
-    theirs = published.to_theirs(rules, made, rules.prefixes[0]) | naming.dense(target)
+    config, rules = encoder.backbone.config, naming.naming(target.page, target.naming)
+    nameless = set(rules.optional) & tensors.keys()
+    left_out = sorted((encoder.backbone.state_dict().keys() - tensors.keys() | nameless) - {"rope_embed.periods"})
+    theirs = published.to_theirs(rules, tensors, rules.prefixes[0]) | naming.dense(target)
     path = folder / weights.WEIGHTS
     save_file({name: tensor.contiguous().clone() for name, tensor in theirs.items()}, path, metadata={"format": "pt"})
     prepare = encoder.preprocess
