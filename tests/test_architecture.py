@@ -159,6 +159,7 @@ def test_no_verb_knows_a_recipe() -> None:
             if page(path) in {
                 "recipes",
                 "published",
+                "naming",
                 "tour",
                 *FREE,
             }:  # a family is called as its recipe; the tour is a run
@@ -209,6 +210,7 @@ def test_public_names() -> None:
         "__version__",
         "embed",
         "evaluate",
+        "export",
         "load",
         "pretrain",
     }
