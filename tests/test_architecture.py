@@ -125,8 +125,9 @@ def test_budgets_and_manners(path: Path) -> None:
         assert length < 60, f"{name}:{function.lineno}: {function.name} has {length} lines"
     called = {node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)}
     assert "hasattr" not in called, f"{name} asks hasattr: say in a type what there is"
-    strange = {"torchvision", "timm", "lightning", "kornia"} - ({"timm"} if name == "export.py" else set())
-    wrong = [module for module, _ in imports(path) if module.split(".")[0] in strange]  # export asks timm what it reads
+    wrong = [
+        module for module, _ in imports(path) if module.split(".")[0] in {"torchvision", "timm", "lightning", "kornia"}
+    ]
     assert not wrong, f"{name} imports {wrong}"
 
 

@@ -150,13 +150,13 @@ def _facts(encoder: Encoder) -> list[tuple[str, str]]:
 
 
 def _origin(record: Mapping[str, Any], run: Mapping[str, Any], digest: str) -> list[tuple[str, str]]:
-    data, start = record.get("data"), record.get("initial") or {}
+    start = record.get("initial") or {}
     sessions = run.get("sessions") or [{}]
     code = sessions[-1].get("code", {})
     found = {
         "recipe": record.get("recipe"),
         "steps": record.get("steps"),
-        "data": f"{data['samples']} pictures, fingerprint `{data['fingerprint']}`" if _measured(data) else data,
+        "data": _data(record.get("data")),
         "trained with": f"saccade {code['version']}, code `{code['blake3']}`" if code else None,
         "started from": _started(start),
         "exported with": f"saccade {__version__}",
@@ -166,8 +166,11 @@ def _origin(record: Mapping[str, Any], run: Mapping[str, Any], digest: str) -> l
     return [(name, str(value)) for name, value in found.items() if value is not None]
 
 
-def _measured(data: Any) -> bool:
-    return isinstance(data, Mapping) and {"samples", "fingerprint"} <= data.keys()
+def _data(data: Any) -> Any:
+    """A run measured its data; of others' we have words."""
+    if isinstance(data, Mapping) and {"samples", "fingerprint"} <= data.keys():
+        return f"{data['samples']} pictures, fingerprint `{data['fingerprint']}`"
+    return data
 
 
 def _started(start: Mapping[str, Any]) -> str | None:

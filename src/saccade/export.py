@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saccade import __version__, card, naming, published, weights
-from saccade.backbone import family_of
+from saccade.backbone import FAMILIES, family_of
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.naming import Target
@@ -59,6 +59,8 @@ def export(backbone: str | Path | Encoder, *, to: str, out: str | Path) -> dict[
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise SaccadeError(f"{place} is there already", path=place, hint="name another --out, or remove it yourself")
     encoder = backbone if isinstance(backbone, Encoder) else weights.load(backbone)
+    if not isinstance(encoder.backbone.config, tuple(family.config for family in FAMILIES.values())):
+        raise SaccadeError("this encoder is no network of saccade's, so it cannot be written as another's", path=given)
     with _beside(place) as folder:
         written = _WRITERS[arguments.to](encoder, folder)
         found = _check(encoder, folder, arguments.to, written)
@@ -281,9 +283,8 @@ def _by_transformers(
     encoder: Encoder, folder: Path, target: Target, images: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """What AutoModel makes of it; where RoPE's periods are rounded, with rounded ones and with its own."""
-    from transformers import AutoModel
-
-    model, loaded = AutoModel.from_pretrained(folder, output_loading_info=True)
+    library: Any = importlib.import_module("transformers")  # asked where it is installed: neither it nor timm is needed
+    model, loaded = library.AutoModel.from_pretrained(folder, output_loading_info=True)
     if wrong := {kind: names for kind, names in loaded.items() if names}:
         raise SaccadeError(f"transformers does not load the export whole: {wrong}", path=folder, code=1)
     model.eval()
@@ -308,7 +309,8 @@ def _said_by_transformers(encoder: Encoder, model: Any, target: Target, images: 
             tokens = model.post_layernorm(tokens)
     if target.architecture == "resnet":
         return {"patches": tokens.flatten(2).transpose(1, 2), "pooled": output.pooler_output.flatten(1)}
-    found = _split(encoder, tokens[:, 1:] if target.architecture == "dinov3_convnext" else tokens)
+    more = target.architecture == "dinov3_convnext" and not encoder.backbone.config.cls  # the mean, normed after
+    found = _split(encoder, tokens[:, 1:] if more else tokens)
     if encoder.backbone.config.pooling != "mean" and target.architecture != "vit_mae":
         found["pooled"] = output.pooler_output
     return found
@@ -318,9 +320,8 @@ def _by_timm(
     encoder: Encoder, folder: Path, target: Target, images: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """What timm makes of it; where RoPE's periods are rounded, with rounded ones and with its own."""
-    import timm
-
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    library: Any = importlib.import_module("timm")
+    model = library.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def said() -> dict[str, Tensor]:
         with torch.inference_mode():

@@ -175,7 +175,8 @@ def transformers(config: Any, family: str = "saccade") -> Target:
         "architectures": ["DINOv3ConvNextModel"],
     }
     note = "the embedding is `last_hidden_state[:, 1:].mean(1)`: `pooler_output` is normed after pooling, not before"
-    return Target("dinov3_convnext", "convnext", "transformers", facts, notes=(note,))
+    notes = () if config.cls else (note,)
+    return Target("dinov3_convnext", "convnext", "transformers", facts, notes=notes)
 
 
 def _vit_transformers(config: ViTConfig, family: str) -> Target:
@@ -336,6 +337,7 @@ def timm(config: Any, family: str = "saccade", size: str | None = None) -> Targe
         arguments = {"layers": list(config.blocks), "channels": list(config.widths), "in_chans": config.channels}
         name = "resnet18" if config.kind == "basic" else "resnet50"
         return Target(name, "resnet", "timm", {"global_pool": "avg", "model_args": arguments})
+    _first("timm", {"cells normed as well as their mean": config.cls})
     arguments = {
         "depths": list(config.blocks),
         "dims": list(config.widths),
@@ -516,10 +518,10 @@ def dense(target: Target) -> dict[str, Tensor]:
 
 def unfold(config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The network before `fold` and its tensors, as far as what was folded has not been trained since."""
-    found, changes = dict(tensors), {}
+    found = dict(tensors)
     if not isinstance(config, ViTConfig):
         return config, found
-    changes |= _unfold_table(config, found)
+    changes = _unfold_table(config, found)
     scales = [name for name in found if name.endswith((".ls1.gamma", ".ls2.gamma"))]
     if config.layer_scale is None and scales:
         changes |= _dropped(found, scales, lambda tensor: (tensor == 1).all(), {"layer_scale": 1.0})
@@ -552,7 +554,8 @@ def _unfold_table(config: ViTConfig, tensors: dict[str, Tensor]) -> dict[str, An
     table, count = tensors.get("pos_embed"), math.prod(config.grid)
     if table is None or table.ndim != 3:
         return {}
-    rows, changes = table.shape[1] - count, {}
+    rows = table.shape[1] - count
+    changes: dict[str, Any] = {}
     own = int(config.cls and config.cls_position and config.position == "learned")
     if own and rows == 0:  # timm adds it to the class token of a network with registers
         changes["cls_position"] = False
