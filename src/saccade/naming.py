@@ -457,7 +457,8 @@ def _called_by_timm(target: Target, config: ViTConfig, family: str, size: str | 
     if known is None or size is None or size not in known.sizes:
         return target
     facts = known.sizes[size]
-    names = [name.removeprefix("timm/").partition(".")[0] for name in facts.names if name.startswith("timm/")]
+    tagged = [name.removeprefix("timm/").partition(".") for name in facts.names if name.startswith("timm/")]
+    names = [name for name, _, tag in tagged if tag]  # what has no tag is a shape that timm may not have
     same = all(getattr(config, key) == value for key, value in facts.numbers.items())
     return replace(target, architecture=names[0]) if names and same else target
 
