@@ -156,6 +156,16 @@ class ModelsArguments(Settings):
     pattern: Word = Field("*", description="part of a name or of a family; * and ? stand for anything")
 
 
+class ExportArguments(Settings):
+    """Write a backbone for transformers, timm or onnxruntime, and compare what they make of it."""
+
+    backbone: Word = Field(description="run directory or checkpoint")
+    to: Literal["hf", "timm", "onnx", "safetensors"] = Field(
+        description="hf: transformers' AutoModel; safetensors: the authors' own names, or saccade's"
+    )
+    out: str = Field(description="new folder")
+
+
 class TourArguments(Settings):
     """Pretrain, evaluate, embed and search on pictures that come with the package."""
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saccade import hub, published, resize
+from saccade import hub, naming, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, nearest, say
@@ -31,6 +31,8 @@ from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
 from saccade.vit import Attention, sincos
 
 FORMAT = "saccade-backbone-1"
+EXPORTED = "saccade"
+"""Where the config.json of an export says what the network is, beside what another library reads there."""
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -101,6 +103,8 @@ def _load(backbone: str | Path, name: str | None, image_size: int | None, other:
     """The encoder of what lies on this disk; `name` is what it is published as."""
     folder, files = _find(backbone)
     config = _config(folder / CONFIG)
+    if isinstance(config.get(EXPORTED), dict):
+        return _load_exported(Path(backbone).expanduser(), files, config, image_size, other)
     if config.get("format") is None:
         place = Path(backbone).expanduser()
         return _load_published(place, files, config, image_size, other, _called(Path(name or place), config))
@@ -164,6 +168,63 @@ def _finish(
     size, seen = config.image_size if image_size is None else image_size, config.channels
     preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
     return Encoder(network, record, image_size, preprocess).eval()
+
+
+def _load_exported(
+    place: Path, files: list[Path], config: dict[str, Any], image_size: int | None, other: Other
+) -> Encoder:
+    """The encoder of an export, also after another library trained it on. Raises `SaccadeError`."""
+    said, path = config[EXPORTED], place / CONFIG
+    try:
+        kind, page, table = (str(said[name]) for name in ("network", "page", "naming"))
+        settings, prepared = FAMILIES[kind].config(**said["config"]), Preprocess(**said["preprocess"])
+        record = dict(said["record"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise SaccadeError(
+            f"{path} does not say what was exported: {str(error).splitlines()[0]}", path=path, hint="copy it again"
+        ) from None
+    _agrees(config, settings, path)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    rules = naming.naming(page, table)
+    names = max((published.sort(rules, tensors, prefix) for prefix in rules.prefixes), key=lambda one: one.matched)
+    if names.missing or names.unexpected:
+        raise SaccadeError(
+            f"{place} is not what its {CONFIG} describes: {published.counts(names)}", path=place, hint="copy it again"
+        )
+    _refuse_numbers(tensors, place)
+    try:
+        settings, ours = naming.unfold(settings, published.to_ours(rules, tensors, names.prefix))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise SaccadeError(f"{place} has tensors of other shapes: {error}", path=place, hint="copy it again") from None
+    network = _network(kind, settings)
+    own = network.state_dict()
+    _into(network, {name: own[name] for name in rules.optional if name in own} | ours, place)
+    record |= {
+        "naming": table,
+        "size": network.config.image_size,
+        "hash": hash_of(*files),
+        "matched": len(ours),
+        "missing": [],
+        "unexpected": [],
+        "ignored": names.ignored,
+        "path": str(place.absolute()),
+    }
+    facts = Prepared(prepared.resize, prepared.crop, prepared.interpolation, prepared.square)
+    return _finish(network, record, prepared.crop if image_size is None else image_size, other, facts)
+
+
+def _agrees(config: dict[str, Any], settings: Any, path: Path) -> None:
+    """Raises `SaccadeError` where what transformers reads in a config.json was changed and what we read was not."""
+    if "model_type" not in config:
+        return
+    facts = naming.transformers(settings, "").facts
+    for name in ("hidden_act", "layer_norm_eps", "num_attention_heads"):
+        if name in config and name in facts and config[name] != facts[name]:
+            raise SaccadeError(
+                f"{path} says {name} {config[name]!r}, but the network that was exported has {facts[name]!r}",
+                path=path,
+                hint=f"put it back, or take out the key {EXPORTED!r} if the network is another now",
+            )
 
 
 def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
