@@ -27,6 +27,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         start = file.read(16)
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _safe(path, start)
+    if path.suffix == ".onnx":
+        from saccade.onnx import files
+
+        return files.tensors(path)
     try:
         # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):

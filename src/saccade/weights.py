@@ -30,6 +30,7 @@ from saccade.vit import ViT, sincos
 
 FORMAT = "saccade-backbone-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ONNX = "model.onnx"
 SHARDS, BIN = f"{WEIGHTS}.index.json", "pytorch_model.bin"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -52,12 +53,14 @@ def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, A
 
 
 def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
-    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors or an official .pth, on the CPU.
+    """The encoder of a run, a folder (ours, transformers'), a .safetensors, an official .pth or a .onnx, on the CPU.
 
     `image_size` is what `preprocess` makes, the native size if None. Terms of use that are not free are said on stderr.
     Raises `SaccadeError` for what does not exist, is damaged, holds more than tensors, or is no whole encoder.
     """
     folder, files = _find(backbone)
+    if files[0].suffix == ".onnx":
+        return _load_onnx(files[0], image_size)
     config = _config(folder / CONFIG)
     if config.get("format") is None:
         return _load_published(Path(backbone).expanduser(), files, config, image_size)
@@ -83,6 +86,19 @@ def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
         "path": str(Path(backbone).absolute()),
     }
     return Encoder(network, {"licence": None, **record}, image_size).eval()
+
+
+def _load_onnx(path: Path, image_size: int | None) -> Encoder:
+    """In torch where a file of others holds the weights of a family, else in onnxruntime."""
+    from saccade.onnx import reading
+
+    if not reading.weights_of_a_family(path):
+        return reading.load(path, image_size)
+    encoder = _load_published(path, [path], {}, image_size)
+    encoder.record["hash"] = hash_of(*reading.beside(path))
+    if reading.exact_resizing(path) and isinstance(encoder.backbone, ViT):
+        encoder.backbone.config = encoder.backbone.config.model_copy(update={"position_offset": 0.0})
+    return encoder
 
 
 def _load_published(place: Path, files: list[Path], config: dict[str, Any], image_size: int | None) -> Encoder:
@@ -234,8 +250,9 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
     if place.is_file():
         return place.parent, [place]
     for folder in (place / "backbone", place):
-        if (folder / WEIGHTS).is_file():
-            return folder, [folder / WEIGHTS]
+        for name in (WEIGHTS, ONNX):
+            if (folder / name).is_file():
+                return folder, [folder / name]
     if (place / SHARDS).is_file():
         return place, _shards(place / SHARDS)
     if (place / CONFIG).is_file() and (place / BIN).is_file():
@@ -244,7 +261,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ".onnx", *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"

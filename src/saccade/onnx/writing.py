@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade.backbone import FAMILIES, family_of
+from saccade.backbone import family_of
 from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
@@ -238,9 +238,3 @@ def check(encoder: Encoder, directory: str | Path) -> float:
         for name, found in zip(names(encoder), run.run(names(encoder), {"images": images.numpy()}), strict=True):
             worst = max(worst, float((torch.from_numpy(found) - wanted[name]).abs().max()))
     return worst
-
-
-def empty_config(said: dict[str, Any]) -> Any:
-    """The config of a network of ours that a file's metadata describes. Raises `SaccadeError`."""
-    family = next(name for name in FAMILIES if name in said)
-    return FAMILIES[family].config(**said[family])
