@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -191,7 +192,9 @@ def _name_axes(program: torch.onnx.ONNXProgram, config: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on torchvision, which is not needed, and on its own workings."""
+    """Without torch's remarks on torchvision, which is not needed, and without checks of shapes, which are symbols."""
+    checked = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
     loggers = {
         logging.getLogger(name): logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")
     }
@@ -201,6 +204,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
             yield
     finally:
+        jaxtyping.config.update("jaxtyping_disable", checked)
         for logger, level in loggers.items():
             logger.setLevel(level)
 
