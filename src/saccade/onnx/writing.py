@@ -67,22 +67,18 @@ def _resizing(to: int, side: int, offset: float, antialias: bool, native: Tensor
 
     A table of the native grid is not touched, though with an offset its scale is not 1.
     """
-    outputs, inputs = torch.arange(to), torch.arange(side)
-    length = torch.scalar_tensor(to, dtype=torch.float32) + offset
-    scale = side / length
-    centre = (outputs + 0.5) * scale - 0.5
+    outputs = torch.arange(to)
+    scale = side / (torch.scalar_tensor(to, dtype=torch.float32) + offset)
+    centre = ((outputs + 0.5) * scale - 0.5)[:, None]
     if antialias:
-        matrix = _cubic((inputs - centre[:, None]) / scale.clamp(min=1), -0.5)
+        matrix = _cubic((torch.arange(side) - centre) / scale.clamp(min=1), -0.5)
         matrix = matrix / matrix.sum(1, keepdim=True)
-    else:
-        first = centre.floor()
-        matrix = torch.zeros(side)
-        for tap in range(-1, 3):  # beyond the border, its value
-            place = (first + tap).clamp(0, side - 1)[:, None]
-            matrix = matrix + torch.where(inputs == place, _cubic(centre - first - tap, -0.75)[:, None], 0.0)
+    else:  # two values are looked at beyond each border, and are the border's
+        values = torch.arange(-2, side + 2)
+        matrix = _cubic(values - centre, -0.75) @ torch.eye(side)[values.clamp(0, side - 1)]
     if not offset:
         return matrix
-    return torch.where(native, (outputs[:, None] == inputs).to(matrix.dtype), matrix)
+    return torch.where(native, (outputs[:, None] == torch.arange(side)).to(matrix.dtype), matrix)
 
 
 class _Outputs(nn.Module):
