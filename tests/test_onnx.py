@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from torch import nn
 
 import saccade
 from saccade import backbone, published
+from saccade.data import Sample, Source
 from saccade.embed import embed
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
-from saccade.onnx import check, files, write, writing
+from saccade.onnx import check, files, quantise, write, writing
+from saccade.onnx.int8 import agreement
 from saccade.vit import Features
 from saccade.weights import load, load_state, save_backbone
 
@@ -336,6 +339,64 @@ def test_the_matrices_of_resizing_are_torchs() -> None:
             )
             wanted = nn.functional.interpolate(table, size=to, mode="bicubic", antialias=antialias)
             torch.testing.assert_close(down @ table @ across.T, wanted, atol=1e-5, rtol=0)
+
+
+class Colours(Source):
+    """Plain pictures, each of a colour of its own with some noise, and a note of which were read."""
+
+    def __init__(self, count: int):
+        self.count, self.read = count, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append(index)
+        drawn = np.random.default_rng(index)
+        pixels = drawn.integers(0, 200, (1, 3, 1, 1)) + drawn.integers(0, 56, (1, 3, 32, 32))
+        return Sample(f"{index}", torch.from_numpy(pixels.astype(np.uint8)))
+
+
+@pytest.mark.parametrize("kind", ["rope", pytest.param("conv", marks=pytest.mark.slow)])
+def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path, kind: str) -> None:
+    encoder, folder = written(kind)
+    shutil.copy(folder / "model.onnx", tmp_path)
+    pictures = Colours(170)
+    found = quantise(tmp_path, pictures, least=0.5)
+    assert found["file"] == "model_int8.onnx" and 0.5 < found["overlap"] < 1 and 0 < found["top1"] <= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model_int8.onnx"]
+    assert len(set(pictures.read)) == len(pictures.read)  # what calibrates does not judge
+    calibration = 64 if kind == "conv" else 0
+    assert found["pictures"] == {"gate": 170 - calibration, "calibration": calibration}
+    assert {"fp32", "int8", "ratio"} == found["images_per_second"].keys()
+    again = load(tmp_path / "model_int8.onnx")
+    assert again.record["int8"]["overlap"] == found["overlap"] and again.record["recipe"] == kind
+    stored = onnx.load(tmp_path / "model_int8.onnx").graph.initializer
+    assert any(tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1 for tensor in stored)
+    images = torch.stack([Colours(1)[n].pixels[0] for n in range(4)])
+    with torch.inference_mode():
+        ours, theirs = encoder.backbone.pooled(images), again.backbone.pooled(images)
+    assert not torch.equal(ours, theirs) and nn.functional.cosine_similarity(ours, theirs).min() > 0.95
+
+
+def test_int8_that_loses_neighbours_is_not_written(written: Any, tmp_path: Path) -> None:
+    shutil.copy(written("rope")[1] / "model.onnx", tmp_path)
+    with pytest.raises(SaccadeError, match=r"keeps \d\d\.\d% of the 10 nearest neighbours, and 100% are asked"):
+        quantise(tmp_path, Colours(100), least=1.0)
+    with pytest.raises(SaccadeError, match="99 pictures are too few"):
+        quantise(tmp_path, Colours(99))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_agreement_counts_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, others = torch.randn(2, 400, 16, generator=generator)
+    assert agreement(vectors, 3 * vectors) == (1, 1)
+    overlap, top1 = agreement(vectors, others)
+    assert overlap == pytest.approx(10 / 399, abs=0.01) and top1 < 0.02
+    swapped = vectors.clone()
+    swapped[[0, 1]] = vectors[[1, 0]]  # two change places: theirs are all wrong, and a few of others'
+    assert 0.98 < agreement(vectors, swapped)[0] < 1
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

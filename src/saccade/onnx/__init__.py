@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
+from saccade.onnx.int8 import quantise as quantise
 from saccade.onnx.writing import check as check
 from saccade.onnx.writing import write as write
