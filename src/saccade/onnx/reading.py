@@ -73,6 +73,8 @@ class OnnxBackbone(nn.Module):
     def __init__(self, path: Path, config: Any, feed: Feed, outputs: list[str]):
         super().__init__()
         self.path, self.config, self.feed, self.outputs = path, config, feed, outputs
+        self.mean: Tensor
+        self.std: Tensor
         self._session = session(path)
         self.register_buffer("mean", torch.tensor(config.mean), persistent=False)
         self.register_buffer("std", torch.tensor(config.std), persistent=False)
@@ -142,7 +144,10 @@ class OnnxBackbone(nn.Module):
             return features.embedding
         if self.config.pooling == "map":
             raise SaccadeError("only features that this file gave can be pooled by attention", path=self.path)
-        return features.cls if self.config.pooling == "cls" else features.patches.mean(1)
+        if self.config.pooling == "mean":
+            return features.patches.mean(1)
+        assert features.cls is not None
+        return features.cls
 
     def reset_buffers(self) -> None:
         """Nothing: they came with the file."""
@@ -227,7 +232,7 @@ def _ours(path: Path, found: dict[str, Any], digest: str, image_size: int | None
     try:
         if family is None:
             raise ValueError("it names no network")
-        config = FAMILIES[family].config(**found[family])
+        config: Any = FAMILIES[family].config(**found[family])
         prepared = {**found["preprocess"]}
         if image_size is not None:
             factor = prepared["resize"] / prepared["crop"]

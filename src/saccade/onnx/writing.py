@@ -225,7 +225,8 @@ def check(encoder: Encoder, directory: str | Path) -> float:
 
     Over several sizes (native, smaller, not square) and batches; pictures are noise, always the same.
     """
-    backbone, path = encoder.backbone, Path(directory) / MODEL
+    backbone: Any = encoder.backbone
+    path = Path(directory) / MODEL
     run = session(path)
     stride, native = backbone.stride, backbone.config.grid[0]
     odd = 3 if isinstance(backbone, Convnet) else 0  # they take sides that the stride does not divide
