@@ -26,6 +26,7 @@ LAYERS = {
     "recipes": 2,
     **dict.fromkeys(["run", "weights", "encoder", "tensors", "hub", "published", "health", "model", "progress"], 3),
     "onnx": 3,
+    "resize": 3,
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
     "watch": 4,

@@ -150,7 +150,9 @@ def test_preprocess_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Preprocess.at(224) == Preprocess(256, 224)
     assert Preprocess.at(32).resize == 32  # small pictures keep their border
     enlarged, resized = [], encoder_page.resized
-    monkeypatch.setattr(encoder_page, "resized", lambda pixels, *how: enlarged.append(pixels.shape) or resized(pixels, *how))
+    monkeypatch.setattr(
+        encoder_page, "resized", lambda pixels, *how: enlarged.append(pixels.shape) or resized(pixels, *how)
+    )
     strip = torch.zeros(3, 2, 4000, dtype=torch.uint8)
     assert Preprocess.at(224)(strip).shape == (3, 224, 224)
     assert max(enlarged[0]) <= 8  # a strip enlarged whole would take gigabytes

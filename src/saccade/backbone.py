@@ -14,6 +14,7 @@ from saccade.settings import Settings
 from saccade.vit import Features
 
 
+@runtime_checkable
 class Config(Protocol):
     """What can be read of any backbone's frozen settings; `width` is that of a patch, `grid` that at `image_size`.
 

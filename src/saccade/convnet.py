@@ -80,13 +80,13 @@ class _Config(Settings, ABC):
 
     @property
     def cls(self) -> bool:
-        """There is no class token."""
+        """Whether there is a class token."""
         return False
 
     @property
     def pooling(self) -> str:
-        """The one vector is the mean of the patches."""
-        return "mean"
+        """The one vector is the class token, or the mean of the patches where there is none."""
+        return "cls" if self.cls else "mean"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,6 +142,13 @@ class ConvConfig(_Config):
 class ConvNeXtConfig(_Config):
     """Every number of a ConvNeXt."""
 
+    pooled_cls: bool = Field(False, description="the mean cell, normed after pooling, is the class token: as published")
+
+    @property
+    def cls(self) -> bool:
+        """Whether there is a class token."""
+        return self.pooled_cls
+
     @property
     def width(self) -> int:
         """Width of a patch."""
@@ -152,7 +159,7 @@ class ConvNeXtConfig(_Config):
 
 
 class Convnet(nn.Module, ABC):
-    """Pictures in [0, 1] or uint8 to `Features`; `config` says all about it. It has no class token."""
+    """Pictures in [0, 1] or uint8 to `Features`; `config` says all about it."""
 
     def __init__(self, config: ResNetConfig | ConvConfig | ConvNeXtConfig):
         super().__init__()
@@ -178,7 +185,11 @@ class Convnet(nn.Module, ABC):
     def last_map(
         self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None
     ) -> Float[Tensor, "b d _ _"]:
-        """The map whose cells are the patches, of pictures that are normalised."""
+        """What the last stage makes of pictures that are normalised."""
+
+    def finish(self, x: Float[Tensor, "b d h w"]) -> tuple[Float[Tensor, "b d"] | None, Float[Tensor, "b d h w"]]:
+        """The class token, where there is one, and the map whose cells are the patches, of the last stage's output."""
+        return None, x
 
     def reset_buffers(self) -> None:
         """Fill what follows from the config and is in no checkpoint."""
@@ -197,14 +208,17 @@ class Convnet(nn.Module, ABC):
         """Features of pictures of any size that leaves a cell. `drop`: factors of each sample's residual branches."""
         if images.shape[1] != self.config.channels:
             raise SaccadeError(
-                f"this backbone reads {self.config.channels} channels, not {images.shape[1]}", path="--channels"
+                f"this backbone reads {self.config.channels} channels, not {images.shape[1]}",
+                path="--channels",
+                hint=f"--channels {images.shape[1]} makes it read them",
             )
         grid = self.config.grid_of(*images.shape[2:])
         # quicker on CPUs (docs/decisions/007-backbones.md), and what tensor cores read; convolutions keep the layout
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        patches = self.last_map(x, drop).flatten(2).transpose(1, 2)
+        cls, cells = self.finish(self.last_map(x, drop))
+        patches = cells.flatten(2).transpose(1, 2)
         positions = places(grid, images.device).expand(len(images), -1, -1)
-        return Features(None, patches[:, :0], patches, positions, grid)
+        return Features(cls, patches[:, :0], patches, positions, grid)
 
     def drop_rates(self, rate: float) -> list[float]:
         """How often each branch is dropped: from 0 for the first to `rate` for the last, in equal steps."""
@@ -217,8 +231,8 @@ class Convnet(nn.Module, ABC):
         return self.embedding(self(images, drop=drop))
 
     def embedding(self, features: Features) -> Float[Tensor, "b d"]:
-        """The mean patch."""
-        return features.patches.mean(1)
+        """The class token, or the mean patch where there is none."""
+        return features.patches.mean(1) if features.cls is None else features.cls
 
 
 class BasicBlock(nn.Module):
@@ -444,13 +458,18 @@ class ConvNeXt(Convnet):
     def last_map(
         self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None
     ) -> Float[Tensor, "b d _ _"]:
-        """The last stage's output, every cell normed."""
+        """The last stage's output, not yet normed."""
         x, factors = images, iter([None] * self.branches if drop is None else drop.unbind(1))
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in stage:
                 x = block(x, next(factors))
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+    def finish(self, x: Float[Tensor, "b d h w"]) -> tuple[Float[Tensor, "b d"] | None, Float[Tensor, "b d h w"]]:
+        """Every cell normed; the class token is the mean of the cells before that, normed by the same norm."""
+        cls = self.norm(x.mean((2, 3))) if self.config.cls else None
+        return cls, self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 _FAMILIES: dict[str, tuple[type[Convnet], type[_Config], dict[str, dict[str, Any]]]] = {

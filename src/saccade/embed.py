@@ -139,6 +139,25 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def encoder_of(
+    backbone: str | Path | Encoder, *, image_size: int | None, channels: int | None, patch: int | None
+) -> Encoder:
+    """The encoder that a name stands for, on the device, with size, channels and patch as they are asked.
+
+    Raises `SaccadeError` where one that is loaded already should be another.
+    """
+    if not isinstance(backbone, Encoder):
+        return load(backbone, image_size=image_size, channels=channels, patch=patch).to(device())
+    for name, value in (("image_size", image_size), ("channels", channels), ("patch", patch)):
+        if value is not None:
+            raise SaccadeError(
+                f"this encoder is loaded already, and {name} belongs to that",
+                path=name,
+                hint=f"load(…, {name}={value})",
+            )
+    return backbone
+
+
 def embed(
     backbone: str | Path | Encoder,
     data: str | Path | Source | Sequence[str | Path | Source],
@@ -146,6 +165,8 @@ def embed(
     out: str | Path,
     tokens: Sequence[str] | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    patch: int | None = None,
     workers: int = 0,
     batch: int = 64,
 ) -> Index:
@@ -155,7 +176,7 @@ def embed(
     class token, if not given. The command goes on where it was stopped, and refuses to
     with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
-    encoder = backbone if isinstance(backbone, Encoder) else load(backbone, image_size=image_size).to(device())
+    encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     if tokens is None:
         tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
     _check_tokens(encoder, tokens)
@@ -188,20 +209,21 @@ def _asked(
     encoder: Encoder, backbone: Any, data: Any, source: Source, tokens: Sequence[str], batch: int, place: Path
 ) -> dict[str, Any]:
     """What an index is made of. Everything but the command must stay the same for it to go on."""
-    path = encoder.record.get("path")
     several = [data] if isinstance(data, str | Path | Source) else list(data)
     names = ["DATA" if isinstance(item, Source) else str(item) for item in several]
     words = ["saccade", "embed", "BACKBONE" if isinstance(backbone, Encoder) else str(backbone), *names]
+    other = encoder.record.get("asked") or {}
+    flags = [word for name in ("channels", "patch") if name in other for word in (f"--{name}", str(other[name]))]
     return {
         "format": FORMAT,
-        "backbone": {"path": path, "hash": encoder.record.get("hash"), "family": encoder.record.get("family")},
+        "backbone": {name: encoder.record.get(name) for name in ("path", "hash", "family", "asked")},
         "data": fingerprint(source)["fingerprint"],
         "samples": len(source),
         "tokens": list(dict.fromkeys(tokens)),
         "dim": encoder.backbone.config.width,
         "image_size": encoder.preprocess.crop,
         "batch": batch,
-        "command": shlex.join([*words, "--out", str(place), "--tokens", ",".join(tokens)]),
+        "command": shlex.join([*words, *flags, "--out", str(place), "--tokens", ",".join(tokens)]),
     }
 
 
@@ -213,7 +235,10 @@ def _begin(place: Path, asked: dict[str, Any]) -> dict[str, Any]:
             ("backbone", "another backbone"), ("data", "other data"), ("tokens", "other tokens"),
             ("image_size", "another image size"), ("batch", "another batch"),
         ):  # fmt: skip
-            before, now = (part[name]["hash"] if name == "backbone" else part[name] for part in (state, asked))
+            before, now = (
+                [part[name].get(key) for key in ("hash", "asked")] if name == "backbone" else part[name]
+                for part in (state, asked)
+            )
             if before != now:
                 hint = f"name another --out, or go on with: {state['command']}"
                 values = "" if name in ("backbone", "data") else f": {before}, not {now}"

@@ -22,7 +22,7 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        start = weights.load(init) if init else None
+        start = weights.load(init, channels=config.channels) if init else None
         switches = config.backbone() | (weights.switches(start) if start else {})
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
         record = weights.load_state(backbone, start) if start else {"weights": "random", "seed": config.seed}

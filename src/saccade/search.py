@@ -217,7 +217,7 @@ class Index:
             place = self._backbone or said["path"]
             if place is None:
                 raise SaccadeError("the index does not know its backbone's place", hint="Index.open(path, backbone=…)")
-            self._backbone = weights.load(place, image_size=self.state["image_size"])
+            self._backbone = weights.load(place, image_size=self.state["image_size"], **(said.get("asked") or {}))
         encoder = self._backbone
         if encoder.record.get("hash") != said["hash"]:
             raise SaccadeError(

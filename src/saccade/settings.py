@@ -109,6 +109,8 @@ class EvaluateArguments(Settings):
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
@@ -126,6 +128,8 @@ class EmbedArguments(Settings):
         description="what is kept of a picture: cls, mean, patches; cls, or mean where there is none, if not given",
     )
     image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     batch: int = Field(64, ge=1, description="pictures that go through the backbone together")
 

@@ -563,8 +563,10 @@ class ViT(nn.Module):
         config = self.config
         images = images if config.patch_time is None else images.transpose(1, 2)  # [B C T H W], as convolutions have it
         if images.shape[1] != config.channels:
-            hint = f"build it with channels={images.shape[1]}"
-            raise SaccadeError(f"this ViT reads {config.channels} channels, not {images.shape[1]}", hint=hint)
+            hint = f"--channels {images.shape[1]} makes it read them"
+            raise SaccadeError(
+                f"this ViT reads {config.channels} channels, not {images.shape[1]}", path="--channels", hint=hint
+            )
         grid = grid_of(tuple(images.shape[2:]), config.patch, config.patch_time)
         x = torch.cat([*self._prefix(images.shape[0]), self._embed(images, keep, hide, grid)], 1)
         position = places(grid, images.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -20,13 +19,13 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saccade import published
+from saccade import published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, nearest
-from saccade.published import Recognised
+from saccade.published import Prepared, Recognised
+from saccade.resize import Other
 from saccade.tensors import PICKLES, hash_of, read_tensors
-from saccade.vit import ViT, sincos
 
 FORMAT = "saccade-backbone-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -52,18 +51,31 @@ def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, A
     os.replace(directory / f"{CONFIG}.new", directory / CONFIG)
 
 
-def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
+def load(
+    backbone: str | Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    bands: tuple[int, ...] | None = None,
+    patch: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Encoder:
     """The encoder of a run, a folder (ours, transformers'), a .safetensors, an official .pth or a .onnx, on the CPU.
 
-    `image_size` is what `preprocess` makes, the native size if None. Terms of use that are not free are said on stderr.
-    Raises `SaccadeError` for what does not exist, is damaged, holds more than tensors, or is no whole encoder.
+    `image_size` is what `preprocess` makes, the native size if None; `channels` and `patch` are others than the
+    encoder was trained with (`resize` says how that is done). `bands`: which of `channels` are red, green and blue,
+    from 0; the others are not looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use
+    that are not free are said on stderr. Raises `SaccadeError` for what does not exist, is damaged, holds more than
+    tensors, or is no whole encoder.
     """
+    other = Other(channels, bands, patch, mean, std)
     folder, files = _find(backbone)
     if files[0].suffix == ".onnx":
-        return _load_onnx(files[0], image_size)
+        return _load_onnx(files[0], image_size, other)
     config = _config(folder / CONFIG)
     if config.get("format") is None:
-        return _load_published(Path(backbone).expanduser(), files, config, image_size)
+        return _load_published(Path(backbone).expanduser(), files, config, image_size, other)
     if config["format"] != FORMAT or not isinstance(config.get("weights"), dict):
         raise SaccadeError(
             f"{folder / CONFIG} has format {config['format']!r}, which this version does not know",
@@ -85,23 +97,30 @@ def load(backbone: str | Path, *, image_size: int | None = None) -> Encoder:
         "unexpected": [],
         "path": str(Path(backbone).absolute()),
     }
-    return Encoder(network, {"licence": None, **record}, image_size).eval()
+    return _finish(network, {"licence": None, **record}, image_size, other)
 
 
-def _load_onnx(path: Path, image_size: int | None) -> Encoder:
+def _load_onnx(path: Path, image_size: int | None, other: Other) -> Encoder:
     """In torch where a file of others holds the weights of a family, else in onnxruntime."""
     from saccade.onnx import reading
 
     if not reading.weights_of_a_family(path):
+        if other != Other():
+            raise SaccadeError(
+                f"{path} runs as it is: its channels, patches and normalisation cannot be changed", path=path,
+                hint="load what it was written from",
+            )  # fmt: skip
         return reading.load(path, image_size)
-    encoder = _load_published(path, [path], {}, image_size)
+    encoder = _load_published(path, [path], {}, image_size, other)
     encoder.record["hash"] = hash_of(*reading.beside(path))
     if reading.exact_resizing(path) and isinstance(encoder.backbone, ViT):
         encoder.backbone.config = encoder.backbone.config.model_copy(update={"position_offset": 0.0})
     return encoder
 
 
-def _load_published(place: Path, files: list[Path], config: dict[str, Any], image_size: int | None) -> Encoder:
+def _load_published(
+    place: Path, files: list[Path], config: dict[str, Any], image_size: int | None, other: Other
+) -> Encoder:
     """The encoder of another project's tensors. Raises `SaccadeError`, before any network is there."""
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     found = published.recognise(
@@ -117,8 +136,27 @@ def _load_published(place: Path, files: list[Path], config: dict[str, Any], imag
     record = _record(found, network, len(ours)) | {"hash": hash_of(*files), "path": str(place.absolute())}
     if family.terms:
         _say(f"saccade: {family.name} weights: {family.licence}, {family.terms}; {family.licence_url}")
-    size = network.config.image_size if image_size is None else image_size
-    preprocess = Preprocess.of(family.preprocess, size, network.config.channels)
+    return _finish(network, record, image_size, other, family.preprocess)
+
+
+def _finish(
+    network: Backbone, record: dict[str, Any], image_size: int | None, other: Other, prepared: Prepared | None = None
+) -> Encoder:
+    """The encoder of a network, or of another that it becomes. `prepared`: how a published family makes pictures."""
+    before, config = network.config, resize.wanted(network.config, other, image_size)
+    asked = other.asked()
+    given = {name: tuple(asked[name]) for name in ("mean", "std") if name in asked}
+    last = type(config)(**(config.model_dump(mode="python") | given))
+    if last != before or other.bands is not None:
+        changed = _network(family_of(network), last)
+        tensors, own = resize.fitted(network, changed, config=config, bands=other.bands), network.state_dict()
+        reshaped = [name for name, tensor in tensors.items() if name not in own or tensor.shape != own[name].shape]
+        _into(changed, tensors, Path(record["path"]))
+        network, facts = changed, {"size": last.image_size, "mean": list(last.mean), "std": list(last.std)}
+        record = record | facts | {"asked": asked, "reshaped": sorted({*record.get("reshaped", []), *reshaped})}
+    record |= resize.said(before, config, other, image_size)
+    size, seen = config.image_size if image_size is None else image_size, config.channels
+    preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
     return Encoder(network, record, image_size, preprocess).eval()
 
 
@@ -194,52 +232,49 @@ def _network(family: str, settings: Any) -> Backbone:
     """A network whose buffers are filled and whose weights are not."""
     with torch.device("meta"):
         network = FAMILIES[family].network(settings)
-    network.to_empty(device="cpu").reset_buffers()
+    network.to_empty(device="cpu")
+    for _, buffer in network.named_buffers():
+        buffer.zero_()  # what a file may leave out: how many batches a norm has seen
+    network.reset_buffers()
     return network
 
 
-_KEPT = (
-    "heads", "eps", "activation", "qkv_bias", "layer_scale", "pre_norm", "patch_bias", "cls", "cls_position",
-    "registers", "mean", "std", "position_offset", "position_antialias", "rope_rounded",
+_NUMBERS = (
+    "width", "depth", "hidden", "patch", "patch_time", "image_size", "frames", "channels",
+    "kind", "blocks", "widths", "stride",
 )  # fmt: skip
-"""Switches that a published ViT keeps wherever its weights go on: with others they would be another function."""
+_CHOSEN = (*_NUMBERS, "mask_token", "pooling", "init")
+"""Numbers and sizes, which --arch and other settings say, and what a recipe decides."""
 
 
 def switches(encoder: Encoder) -> dict[str, Any]:
-    """What a network must be built with, beside its architecture and size, to go on from a published encoder."""
-    if encoder.record["family"] == "saccade" or not isinstance(encoder.backbone, ViT):
-        return {}
-    return {name: getattr(encoder.backbone.config, name) for name in _KEPT}
+    """What a network must be built with, beside its architecture and size, to go on from an encoder.
+
+    With others it would be another function. A table of positions is not among it: a recipe may prefer the formula
+    where the table holds just its numbers.
+    """
+    config = encoder.backbone.config.model_dump(mode="python")
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _CHOSEN and not (name == "position" and value == "learned")
+    }
 
 
 def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
-    """Puts an encoder's weights into a network of the same shapes and returns the encoder's record (hash, licence, …).
+    """Puts an encoder's weights into a network of its family and returns the encoder's record (hash, licence, …).
 
-    A ViT's learned position table of another size is resized. Raises `SaccadeError` when names or shapes differ.
+    Channels, patches and positions that are others are made to fit, recorded and said on stderr. Raises `SaccadeError`
+    when names or shapes differ otherwise.
     """
-    theirs, tensors = encoder.backbone, encoder.backbone.state_dict()
-    if isinstance(network, ViT) and isinstance(theirs, ViT):
-        _fit(network, theirs, tensors)
-    _into(network, tensors, Path(encoder.record["path"]))
-    return encoder.record
-
-
-def _fit(vit: ViT, theirs: ViT, tensors: dict[str, Tensor]) -> None:
-    """The position table resized or left to the formula, and the mask token there or not, as the new ViT has them."""
-    if vit.config.position == theirs.config.position == "learned" and vit.config.grid != theirs.config.grid:
-        patches = theirs.position_table(vit.config.grid)
-        assert patches is not None
-        prefix = tensors["pos_embed"][:, : -math.prod(theirs.config.grid)]
-        tensors["pos_embed"] = torch.cat([prefix, patches.detach()], dim=1)
-    if vit.config.position.startswith("sincos") and theirs.config.position == "learned":
-        table = sincos(theirs.config.grid, theirs.config.width, vit.config.position == "sincos").float()
-        stored = tensors["pos_embed"][0]
-        if torch.allclose(stored[-len(table) :], table, atol=1e-4) and not stored[: -len(table)].any():
-            del tensors["pos_embed"]  # the very numbers that the formula gives
-    if vit.mask_token is not None and theirs.mask_token is None:  # it has nothing to do with what was learned
-        tensors["mask_token"] = vit.mask_token.detach()
-    if vit.mask_token is None:
-        tensors.pop("mask_token", None)
+    _into(network, resize.fitted(encoder.backbone, network), Path(encoder.record["path"]))
+    found = resize.said(encoder.backbone.config, network.config)
+    record = encoder.record | found
+    for name in ("channels", "patch"):
+        if name in record:
+            what = record[name]
+            _say(f"saccade: {record['path']}: {name} from {what['from']} to {what['to']}: {what['how']}")
+    return record
 
 
 def _find(backbone: str | Path) -> tuple[Path, list[Path]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.data import Source
-from saccade.embed import device
+from saccade.embed import device, encoder_of
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
 from saccade.evaluate import few_label, knn, linear
@@ -27,7 +27,6 @@ from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
-from saccade.weights import load
 
 __all__ = ["evaluate"]
 
@@ -43,6 +42,8 @@ def evaluate(
     labels: Sequence[int] = few_label.COUNTS,
     group_by: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    patch: int | None = None,
     seed: int = 0,
     workers: int = 0,
     baselines: bool = True,
@@ -52,15 +53,13 @@ def evaluate(
 
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
-    `out`: a JSON file for the result. Raises `SaccadeError`.
+    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
     """
-    _check_tasks(tasks)
-    if not labels or min(labels) < 1:
-        raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
+    _check_tasks(tasks, labels)
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     started = time.perf_counter()
-    encoder = backbone if isinstance(backbone, Encoder) else load(backbone, image_size=image_size).to(device())
+    encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)
     extracted = extract(encoder, data, baselines=baselines, seed=seed, workers=workers)
     read = time.perf_counter() - started
@@ -100,7 +99,9 @@ def _asked(contestant: str, tasks: Sequence[str]) -> list[str]:
     return [task for task in tasks if contestant != "border" or task != "few-label"]
 
 
-def _check_tasks(tasks: Sequence[str]) -> None:
+def _check_tasks(tasks: Sequence[str], labels: Sequence[int]) -> None:
+    if not labels or min(labels) < 1:
+        raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
     for task in tasks:
         if task in LATER:
             raise SaccadeError(f"the task {task!r} comes later", path="--tasks", hint=f"there are: {', '.join(TASKS)}")

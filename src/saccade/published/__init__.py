@@ -73,8 +73,8 @@ class Naming:
     """How a project names the tensors of a family.
 
     `prefixes` may stand before every name, the wanted one first where several do; `ignored` are regular expressions of
-    names that belong to no encoder (heads, decoders); `optional` are our names that may be missing; `model_types` are
-    what a transformers config.json says.
+    names that belong to no encoder (heads, decoders); `optional` are our names, numbers in braces too, that may be
+    missing; `model_types` are what a transformers config.json says.
     """
 
     rules: tuple[Rule, ...]
@@ -82,6 +82,10 @@ class Naming:
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
+
+    def needed(self, ours: Iterable[str]) -> set[str]:
+        """Those of our names that may not be missing."""
+        return {name for name in ours if not any(_pattern(template).fullmatch(name) for template in self.optional)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,26 @@ class Size:
 
 
 @dataclass(frozen=True)
+class ConvnetSize:
+    """One published convnet, as `Size` is of ViTs: blocks and widths of its stages, a ResNet's kind of block."""
+
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+    image_size: int
+    parameters: int
+    names: tuple[str, ...] = ()
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    kind: str | None = None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The numbers that tell sizes apart, by the names of the network's config."""
+        kind = {"kind": self.kind} if self.kind else {}
+        return {"blocks": self.blocks, "widths": self.widths, **kind}
+
+
+@dataclass(frozen=True)
 class Prepared:
     """How a family prepares a picture: short side to `resize`/`crop` of the native size, then the centre.
 
@@ -125,9 +149,9 @@ class Prepared:
 class Family:
     """What is known of a family of checkpoints. `terms` is one sentence where the licence is not a free one.
 
-    `switches` are those of `ViTConfig` that no tensor tells (eps, activation, position, mean, std, …); `read` gives
-    further ones from our names' shapes and the config.json. `signs` are regular expressions for a file's or folder's
-    name, which decide where two families have the same tensors.
+    `switches` are those of the network's config that no tensor tells (eps, activation, position, mean, std, …); `read`
+    gives further ones from our names' shapes and the config.json, of a convnet all that tensors tell. `signs` are
+    regular expressions for a file's or folder's name, which decide where two families have the same tensors.
     """
 
     name: str
@@ -137,7 +161,7 @@ class Family:
     data: str
     pooling: str
     switches: Mapping[str, Any]
-    sizes: Mapping[str, Size]
+    sizes: Mapping[str, Size] | Mapping[str, ConvnetSize]
     namings: Mapping[str, Naming]
     preprocess: Prepared = Prepared()
     network: str = "vit"
@@ -160,7 +184,7 @@ class Sorted(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """The family, the naming and the size (None: none of the published) of a set of tensors, and its `ViTConfig`."""
+    """The family, the naming and the size (None: none of the published) of a set of tensors, and its settings."""
 
     family: Family
     naming: str
@@ -172,7 +196,7 @@ class Recognised(NamedTuple):
 def families() -> dict[str, Family]:
     """Every family, by name: those of the files in this folder."""
     pages = [importlib.import_module(f"{__name__}.{page.name}") for page in pkgutil.iter_modules(__path__)]
-    return {page.FAMILY.name: page.FAMILY for page in pages}
+    return {known.name: known for page in pages for known in vars(page).values() if isinstance(known, Family)}
 
 
 def _parts(rule: Rule) -> tuple[list[str], list[str], Way]:
@@ -237,7 +261,7 @@ def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, A
     """Our tensors by their names, bit for bit what `to_ours` was given. Raises `SaccadeError` for what has no name."""
     found, _ = _apply([_parts(rule) for rule in naming.rules], set(tensors))
     known = {name for ours, _, _ in found for name in ours}
-    if nameless := sorted(tensors.keys() - known - set(naming.optional)):
+    if nameless := sorted(naming.needed(tensors.keys() - known)):
         raise SaccadeError(f"this naming has no place for {', '.join(nameless[:3])}", path=nameless[0])
     result: dict[str, Any] = {}
     for ours, theirs, way in found:
@@ -305,7 +329,9 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
             hint=nearest(str(config["model_type"]), known),
         )
     whole = [found for found, reason in attempts if reason is None]
-    signed = [found for found in whole if any(re.search(sign, called, re.IGNORECASE) for sign in found.family.signs)]
+    signed = [found for found in whole if _signed(found.family, called)]
+    if halves := [] if signed else [attempt for attempt in attempts if _is_half(*attempt, called)]:
+        whole, attempts = [], halves
     distinct = {found.family.name: found for found in reversed(signed or whole)}  # the first naming that fits
     if len(distinct) == 1:
         return next(iter(distinct.values()))
@@ -329,6 +355,16 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
         path=called,
         hint="nothing was loaded; is it the whole file, and of a family that saccade knows?",
     )
+
+
+def _signed(family: Family, called: str) -> bool:
+    return any(re.search(sign, called, re.IGNORECASE) for sign in family.signs)
+
+
+def _is_half(found: Recognised, reason: str | None, called: str) -> bool:
+    """Whether these are part of what their name says, and no more: what is left may be another family's whole."""
+    names = found.names
+    return bool(reason and names.matched and names.missing and not names.unexpected and _signed(found.family, called))
 
 
 def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
@@ -361,7 +397,7 @@ def _attempt(
         for key in given.keys() & expected.keys()
         if given[key] != expected[key]
     ]
-    lacking = _in_their_names(naming, expected.keys() - given.keys() - set(naming.optional), names.prefix, shapes)
+    lacking = _in_their_names(naming, naming.needed(expected.keys() - given.keys()), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
         unexpected=sorted([*names.unexpected, *(given.keys() - expected.keys()), *reshaped]),
@@ -403,14 +439,20 @@ def _our_shapes(naming: Naming, shapes: Shapes, prefix: str) -> dict[str, tuple[
 
 def _expected(family: Family, switches: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the network that these switches describe. Raises `SaccadeError` where none does."""
+    return _built(family.network, tuple(sorted(switches.items())))
+
+
+@functools.lru_cache(8)
+def _built(network: str, switches: tuple[tuple[str, Any], ...]) -> dict[str, tuple[int, ...]]:
+    """Kept, for many families are the same network."""
     import torch
 
     from saccade.backbone import FAMILIES
 
-    kind = FAMILIES[family.network]
+    kind = FAMILIES[network]
     with torch.device("meta"):
-        network = kind.network(kind.config(**switches))
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        hollow = kind.network(kind.config(**dict(switches)))
+    return {name: tuple(tensor.shape) for name, tensor in hollow.state_dict().items()}
 
 
 def _geometry(
@@ -418,9 +460,9 @@ def _geometry(
 ) -> tuple[str | None, dict[str, Any]]:
     """The published size, where it is one, and the settings of the network. Raises `SaccadeError` or `LookupError`."""
     config = {**config, **config.get("vision_config", {})}
-    switches = {**family.switches, "pooling": family.pooling}
     if family.network != "vit":
-        return None, switches | dict(family.read(shapes, config) if family.read else {})
+        return _convnet(family, shapes, config, called)
+    switches = {**family.switches, "pooling": family.pooling}
     numbers = _numbers(shapes, config)
     cls = int(switches.get("cls", True) and switches.get("cls_position", True))
     if "pos_embed" in shapes:
@@ -458,6 +500,42 @@ def _geometry(
     return name if (name, size) in exact else None, switches
 
 
+def _convnet(
+    family: Family, shapes: Shapes, config: Mapping[str, Any], called: str
+) -> tuple[str | None, dict[str, Any]]:
+    """As `_geometry`. A size that is not published must be told by config.json: else half a network looks whole."""
+    numbers = dict(family.read(shapes, config) if family.read else {})
+    alike = [
+        (name, size)
+        for name, size in family.sizes.items()
+        if all(numbers[key] == value for key, value in size.numbers.items())
+    ]
+    name, size = _chosen(alike, called)
+    if size is None and "depths" not in config:
+        shown = ", ".join(f"{key} {'-'.join(map(str, numbers[key]))}" for key in ("blocks", "widths"))
+        raise SaccadeError(f"its size ({shown}) is none of the published ones, so nothing says that it is whole")
+    native = size.image_size if size else config.get("image_size", 224)
+    return name, {**family.switches, "image_size": native, **(size.switches if size else {}), **numbers}
+
+
+def stages(shapes: Shapes, config: Mapping[str, Any], template: str) -> tuple[int, ...]:
+    """Blocks of each stage: of config.json where it says them, else counted in names like `template` ({stage}, {n})."""
+    if "depths" in config:
+        return tuple(config["depths"])
+    counts: dict[int, int] = {}
+    for match in filter(None, map(_pattern(template).match, shapes)):
+        stage, number = int(match["stage"]), int(match["n"])
+        counts[stage] = max(counts.get(stage, 0), 1 + number)
+    return tuple(counts[stage] for stage in sorted(counts))
+
+
+def only(config: Mapping[str, Any], **said: Any) -> None:
+    """Raises `SaccadeError` where a transformers config.json says something else of one of these."""
+    for name, value in said.items():
+        if config.get(name, value) != value:
+            raise SaccadeError(f"its config.json says {name} {config[name]!r}: here it is {value!r}", path=name)
+
+
 def _numbers(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, int]:
     """What tensors tell of a ViT: width, depth, hidden, patch. The depth is config.json's where there is one."""
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
@@ -473,7 +551,7 @@ def _numbers(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _chosen(sizes: list[tuple[str, Size]], called: str) -> tuple[str | None, Size | None]:
+def _chosen(sizes: list[tuple[str, Any]], called: str) -> tuple[str | None, Any]:
     """The one that the file's or folder's name says; any where they are alike. Raises `SaccadeError` where not."""
     said = [one for one in sizes if any(name.rpartition("/")[2] in called for name in one[1].names)] or sizes
     if not said:

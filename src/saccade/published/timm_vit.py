@@ -2,8 +2,11 @@
 
 What a file can lack or have is read from its tensors: class token, its row of the position table, layer scale, the
 biases of queries, keys and values. A ViT that norms after pooling (timm's fc_norm) is another network and is refused.
+One without a class token is believed only where timm's config.json says that it pools by the mean (`global_pool`): a
+SigLIP that has lost its attention pool has the same tensors.
 Mean and spread are .5 (Google's and timm's own training) unless timm's config.json says otherwise; eps is 1e-6 for
-both, whatever transformers' config.json says (1e-12 by default).
+both, whatever transformers' config.json says (1e-12 by default). timm resizes positions with antialiasing,
+transformers without: each file as its own library does.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from saccade.errors import SaccadeError
 from saccade.published import Family, Naming, Rule, Shapes, Size, pairs
 
 _BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -42,6 +46,10 @@ _SCALES: tuple[Rule, ...] = tuple((f"blocks.{{n}}.{name}.gamma",) * 2 for name i
 
 def _read(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
     rows, cls = shapes["pos_embed"][1], "cls_token" in shapes
+    if not cls and config.get("global_pool") != "avg":
+        raise SaccadeError(
+            "it has no class token, and no config.json of timm says that it pools by the mean (global_pool avg)"
+        )
     given = config.get("pretrained_cfg", config)
     return {
         "cls": cls,
@@ -49,6 +57,7 @@ def _read(shapes: Shapes, config: Mapping[str, Any]) -> Mapping[str, Any]:
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in shapes else None,
         "qkv_bias": "all" if "blocks.0.attn.qkv.bias" in shapes else "none",
         "pooling": "cls" if cls else "mean",
+        **({"position_antialias": False} if "model_type" in config else {}),
         **{name: tuple(given[name]) for name in ("mean", "std") if name in given},
     }
 
@@ -64,7 +73,7 @@ FAMILY = Family(
     terms="the licence is that of whoever published the file: read the card that came with it",
     data="what the file's card says",
     pooling="cls",
-    switches={"eps": 1e-6, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    switches={"eps": 1e-6, "position_antialias": True, "mean": (0.5,) * 3, "std": (0.5,) * 3},
     sizes={
         "vit-ti/16": Size(192, 12, 3, 768, 16, 224, 5_524_416, _names("tiny", 16)),
         "vit-s/32": Size(384, 12, 6, 1536, 32, 224, 22_493_952, _names("small", 32)),

@@ -71,7 +71,7 @@ def _names(sources: list[Source], several: Sequence[Data]) -> tuple[str, ...]:
 
 def _open(data: str | Path, short_side: int | None, channels: int, group_by: str | None) -> Source:
     if channels not in (1, 3):
-        raise SaccadeError(f"picture files give 1 or 3 channels, not {channels}", path="channels")
+        raise SaccadeError(f"picture files give 1 or 3 channels, not {channels}", path="channels", hint="--channels 3")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(data)):
         raise SaccadeError(
             f"{data} lies elsewhere, and saccade reads local files only so far",
