@@ -50,6 +50,7 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet-8": ("resnet-8/16", {"image_size": 32}),
     "resnet-50": ("resnet-50/32", {"image_size": 64}),
     "conv": ("conv-4/16", {"image_size": 32}),
+    "convnext-cls": ("convnext-a/32", {"image_size": 64, "pooled_cls": True}),
     "convnext": ("convnext-a/32", {"image_size": 64}),
 }
 

@@ -23,7 +23,7 @@ from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.onnx.files import FORMAT, MODEL, needed, session
-from saccade.vit import ViT
+from saccade.vit import Features, ViT
 
 OPSET = 18
 """The newest that every runtime of the last years reads, and all that is needed."""
@@ -89,12 +89,18 @@ class _Outputs(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
-        if isinstance(self.backbone, Convnet):  # its positions and its grid, which are not asked for, fix the sides
-            patches = self.backbone.last_map(self.backbone.normalise(images), None).flatten(2).transpose(1, 2)
-            return (patches.mean(1), patches)
-        features = self.backbone(images)
+        features = (
+            self._of_convnet(self.backbone, images) if isinstance(self.backbone, Convnet) else self.backbone(images)
+        )
         cls = () if features.cls is None else (features.cls,)
         return (self.backbone.embedding(features), features.patches, *cls)
+
+    @staticmethod
+    def _of_convnet(network: Convnet, images: Tensor) -> Features:
+        """Without positions and grid, which nobody asks for here and which would fix the sides."""
+        cls, cells = network.finish(network.last_map(network.normalise(images), None))
+        patches = cells.flatten(2).transpose(1, 2)
+        return Features(cls, patches[:, :0], patches, torch.empty(0, 0, 2, dtype=torch.int64), (0, 0))
 
 
 def names(encoder: Encoder) -> list[str]:
