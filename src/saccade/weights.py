@@ -26,6 +26,7 @@ from saccade.errors import SaccadeError, nearest
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
 from saccade.tensors import PICKLES, hash_of, read_tensors
+from saccade.vit import ViT
 
 FORMAT = "saccade-backbone-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
