@@ -38,6 +38,7 @@ LAYERS = {
             "model",
             "progress",
             "naming",
+            "onnx",
         ],
         3,
     ),

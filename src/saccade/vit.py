@@ -394,7 +394,7 @@ class AttentionPool(nn.Module):
         self.mlp = MLP(width, config.hidden, "gelu" if config.activation == "swiglu" else config.activation)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-        query = self.q(self.latent).expand(len(x), -1, -1)
+        query = self.q(self.latent).expand(x.shape[0], -1, -1)
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, *self.kv(x).chunk(2, -1))]
         x = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))[:, 0]
         return x + self.mlp(self.norm(x))
@@ -567,11 +567,11 @@ class ViT(nn.Module):
                 f"this ViT reads {config.channels} channels, not {images.shape[1]}", path="--channels", hint=hint
             )
         grid = grid_of(tuple(images.shape[2:]), config.patch, config.patch_time)
-        x = torch.cat([*self._prefix(len(images)), self._embed(images, keep, hide, grid)], 1)
+        x = torch.cat([*self._prefix(images.shape[0]), self._embed(images, keep, hide, grid)], 1)
         position = places(grid, images.device)
         rope = None if self.rope_embed is None else self.rope_embed(grid, self.prefix)
         if keep is None:
-            return self.norm_pre(x), rope, position.expand(len(images), -1, -1), grid
+            return self.norm_pre(x), rope, position.expand(images.shape[0], -1, -1), grid
         if rope is not None:
             rows = torch.cat(
                 [torch.arange(self.prefix, device=keep.device).expand(len(keep), -1), keep + self.prefix], 1

@@ -28,11 +28,12 @@ from saccade.hub import PICKLE as BIN
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
 from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
-from saccade.vit import Attention, sincos
+from saccade.vit import Attention, ViT, sincos
 
 FORMAT = "saccade-backbone-1"
 EXPORTED = "saccade"
 """Where the config.json of an export says what the network is, beside what another library reads there."""
+ONNX = "model.onnx"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -65,8 +66,8 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> Encoder:
-    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth or a published
-    name, on the CPU.
+    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth, a .onnx or a
+    published name, on the CPU.
 
     A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
     `preprocess` makes, the native size if None; `channels` and `patch` are others than the encoder was trained with
@@ -102,6 +103,8 @@ def origins(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _load(backbone: str | Path, name: str | None, image_size: int | None, other: Other) -> Encoder:
     """The encoder of what lies on this disk; `name` is what it is published as."""
     folder, files = _find(backbone)
+    if files[0].suffix == ".onnx":
+        return _load_onnx(files[0], image_size, other)
     config = _config(folder / CONFIG)
     if isinstance(config.get(EXPORTED), dict):
         return _load_exported(Path(backbone).expanduser(), files, config, image_size, other)
@@ -130,6 +133,24 @@ def _load(backbone: str | Path, name: str | None, image_size: int | None, other:
         "path": str(Path(backbone).absolute()),
     }
     return _finish(network, {"licence": None, **record}, image_size, other)
+
+
+def _load_onnx(path: Path, image_size: int | None, other: Other) -> Encoder:
+    """In torch where a file of others holds the weights of a family, else in onnxruntime."""
+    from saccade.onnx import reading
+
+    if not reading.weights_of_a_family(path):
+        if other != Other():
+            raise SaccadeError(
+                f"{path} runs as it is: its channels, patches and normalisation cannot be changed", path=path,
+                hint="load what it was written from",
+            )  # fmt: skip
+        return reading.load(path, image_size)
+    encoder = _load_published(path, [path], {}, image_size, other, _called(path, {}))
+    encoder.record["hash"] = hash_of(*reading.beside(path))
+    if reading.exact_resizing(path) and isinstance(encoder.backbone, ViT):
+        encoder.backbone.config = encoder.backbone.config.model_copy(update={"position_offset": 0.0})
+    return encoder
 
 
 def _load_published(
@@ -394,8 +415,9 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
     if place.is_file():
         return place.parent, [place]
     for folder in (place / "backbone", place):
-        if (folder / WEIGHTS).is_file():
-            return folder, [folder / WEIGHTS]
+        for name in (WEIGHTS, ONNX):
+            if (folder / name).is_file():
+                return folder, [folder / name]
     if (place / SHARDS).is_file():
         return place, _shards(place / SHARDS)
     if (place / CONFIG).is_file() and (place / BIN).is_file():
@@ -404,7 +426,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ARRAYS, *PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ".onnx", ARRAYS, *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"
