@@ -61,7 +61,8 @@ def quantise(
         )
     with _beside(place) as new:
         if dynamic:
-            _dynamic(place, new)
+            assert isinstance(encoder.backbone.config, ViTConfig)
+            _dynamic(place, new, encoder.backbone.config)
         else:
             _static(place, new, _batches(encoder, source, order[:calibrating], "calibrating"))
         _sign(new, place, {})
@@ -92,7 +93,7 @@ def _beside(place: Path) -> Iterator[Path]:
             logging.disable(level)
 
 
-def _dynamic(place: Path, new: Path) -> None:
+def _dynamic(place: Path, new: Path, config: ViTConfig) -> None:
     """Weights in int8 with a scale for each output, activations in uint8 by the range of each batch.
 
     The patch embedding stays, and every matrix that gives fewer values than it takes: what comes out of an MLP's
@@ -104,10 +105,12 @@ def _dynamic(place: Path, new: Path) -> None:
     graph = opened(prepared).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     matrices = [node for node in graph.node if node.op_type == "MatMul" and len(shapes.get(node.input[1], ())) == 2]
+    embedding = (config.channels * config.patch**2, config.width)
+    first = next(node.name for node in matrices if shapes[node.input[1]] == embedding)
     left = [node.name for node in matrices if shapes[node.input[1]][0] > shapes[node.input[1]][1]]
     quantize_dynamic(
         prepared, new, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=[matrices[0].name, *left],
+        nodes_to_exclude=[first, *left],
     )  # fmt: skip
 
 
