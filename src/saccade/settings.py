@@ -164,6 +164,15 @@ class ExportArguments(Settings):
         description="hf: transformers' AutoModel; safetensors: the authors' own names, or saccade's"
     )
     out: str = Field(description="new folder")
+    int8: str | None = Field(
+        None, description="onnx: an int8 copy too, if it finds the same neighbours among these pictures (100 or more)"
+    )
+
+    @model_validator(mode="after")
+    def _int8_is_onnx(self) -> ExportArguments:
+        if self.int8 is not None and self.to != "onnx":
+            raise ValueError("int8 goes with --to onnx")
+        return self
 
 
 class TourArguments(Settings):

@@ -83,10 +83,10 @@ def load(
         path = f"{fetched.name}@{fetched.revision}"
         encoder.record |= {"name": fetched.name, "revision": fetched.revision, "sha256": fetched.sha256, "path": path}
     for origin in origins(encoder.record):
-        if origin["terms"]:
+        if origin.get("terms"):
             own = "" if encoder.record["family"] != "saccade" else f"{backbone} derives from "
-            about = f"{origin['licence']}, {origin['terms']}; {origin['licence_url']}"
-            say(f"saccade: {own}{origin['family']} weights: {about}")
+            about = [f"{origin['licence']}, {origin['terms']}", *filter(None, [origin.get("licence_url")])]
+            say(f"saccade: {own}{origin['family']} weights: {'; '.join(about)}")
     return encoder
 
 
