@@ -25,12 +25,27 @@ LAYERS = {
     "recipe": 1,
     "recipes": 2,
     **dict.fromkeys(
-        ["run", "weights", "encoder", "tensors", "torchscript", "hub", "published", "health", "model", "progress"], 3
+        [
+            "run",
+            "weights",
+            "encoder",
+            "tensors",
+            "torchscript",
+            "hub",
+            "published",
+            "resize",
+            "health",
+            "model",
+            "progress",
+            "naming",
+            "onnx",
+        ],
+        3,
     ),
-    "resize": 3,
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
     "watch": 4,
+    "card": 4,
     "cli": 5,
     "__main__": 6,
 }
@@ -160,6 +175,7 @@ def test_no_verb_knows_a_recipe() -> None:
             if page(path) in {
                 "recipes",
                 "published",
+                "naming",
                 "tour",
                 *FREE,
             }:  # a family is called as its recipe; the tour is a run
@@ -210,6 +226,7 @@ def test_public_names() -> None:
         "__version__",
         "embed",
         "evaluate",
+        "export",
         "load",
         "pretrain",
     }

@@ -330,10 +330,8 @@ def test_each_tensor_is_clipped_by_itself() -> None:
 
 
 def test_the_learning_rate_ends_where_it_is_told() -> None:
-    assert optim.warmup_cosine(0.05, 0.1, 0.2) == 0.5
-    assert optim.warmup_cosine(0.1, 0.1, 0.2) == 1.0
-    assert optim.warmup_cosine(1.0, 0.1, 0.2) == pytest.approx(0.2)
-    assert optim.warmup_cosine(0.55, 0.1, 0.2) == pytest.approx(0.6)
+    config = recipe.Training(lr=0.5, batch=256, min_lr=0.1, warmup=0.1)
+    assert [config.rate(t) for t in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1.0, 0.6, 0.2])
 
 
 def test_positions_are_resized_as_asked() -> None:

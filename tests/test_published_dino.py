@@ -469,3 +469,22 @@ def test_what_tensors_cannot_tell_the_name_must(tmp_path: Path) -> None:
         assert weights.load(_write(tmp_path / family / "s", state).rename(tmp_path / family / f"{family}-s"))
     with pytest.raises(SaccadeError, match="may be of"):
         weights.load(_write(tmp_path / "unnamed" / "s", state))
+
+
+@pytest.mark.parametrize(("gated", "said"), [(True, "gelu"), (False, "silu"), (False, "relu")])
+def test_an_activation_that_the_mlp_cannot_have_is_refused(gated, said, tmp_path):
+    """It is read from config.json alone, so a wrong one would be silent."""
+    _dinov3(gated).save_pretrained(tmp_path / "dinov3")
+    path = tmp_path / "dinov3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": said}))
+    with pytest.raises(SaccadeError, match=f"activation '{said}'"):
+        weights.load(tmp_path / "dinov3")
+
+
+def test_an_activation_that_config_json_says_is_believed(tmp_path):
+    config = transformers.Dinov2Config(**TINY, mlp_ratio=3, patch_size=14, image_size=56, hidden_act="quick_gelu")
+    model = transformers.Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    encoder = weights.load(tmp_path / "dinov2")
+    assert encoder.backbone.config.activation == "gelu_quick"
+    assert _difference(model, encoder, (56, 56)) < 1e-5

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from saccade.embed import embed as embed
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
+    from saccade.export import export as export
     from saccade.run import Run as Run
     from saccade.search import Hit as Hit
     from saccade.search import Index as Index
@@ -33,6 +34,7 @@ _HOMES = {
     "Run": "run",
     "embed": "embed",
     "evaluate": "evaluate",
+    "export": "export",
     "load": "weights",
     "pretrain": "train",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "embed",
     "evaluate",
+    "export",
     "load",
     "pretrain",
 ]

@@ -112,6 +112,11 @@ def family_of(network: Backbone) -> str:
     return next(name for name, family in FAMILIES.items() if isinstance(network.config, family.config))
 
 
+def known(network: Backbone) -> bool:
+    """Whether a backbone is of a family here, so that one like it can be built."""
+    return isinstance(network.config, tuple(family.config for family in FAMILIES.values()))
+
+
 def build(arch: str, *, image_size: int, channels: int = 3, **switches: Any) -> Any:
     """A fresh backbone by name, e.g. `build("resnet-18/8", image_size=32)`; `switches` are fields of its config.
 

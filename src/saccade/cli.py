@@ -33,6 +33,7 @@ from saccade.settings import (
     LENGTHS,
     EmbedArguments,
     EvaluateArguments,
+    ExportArguments,
     ModelsArguments,
     PretrainArguments,
     SearchArguments,
@@ -92,6 +93,12 @@ def _models(values: Values) -> Mapping[str, Any]:
     return {"models": listing(**values)}
 
 
+def _export(values: Values) -> Mapping[str, Any]:
+    from saccade.export import export
+
+    return export(values.pop("backbone"), **values)
+
+
 def _tour(values: Values) -> Mapping[str, Any]:
     from saccade.tour import tour
 
@@ -105,9 +112,10 @@ VERBS = {
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
+    "export": Verb(ExportArguments, ("backbone",), _export),
 }
 
-LATER = ("adapt", "export")
+LATER = ("adapt",)
 """Verbs that the interface names and this version does not have."""
 
 

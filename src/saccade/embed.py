@@ -240,6 +240,8 @@ def _check_tokens(encoder: Encoder, tokens: Sequence[str]) -> None:
         raise SaccadeError("no tokens are asked for", path="--tokens", hint=f"choose of: {', '.join(TOKENS)}")
     if "cls" in tokens and not encoder.backbone.config.cls:
         raise SaccadeError("this backbone has no class token", path="--tokens", hint="use --tokens mean")
+    if not math.prod(encoder.grid) and any(token != "cls" for token in tokens):
+        raise SaccadeError("this backbone gives one vector and no patches", path="--tokens", hint="use --tokens cls")
 
 
 def _asked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it lives."""
-        return next(self.parameters()).device
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     def forward(
         self, images: Shaped[Tensor, "b c h w"], *, tokens: Literal["all", "cls", "patches"] = "all"

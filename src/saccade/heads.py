@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saccade import distributed, losses, vit
+from saccade.errors import SaccadeError
 from saccade.linear import Linear, linear
 from saccade.norm import BatchNorm
 
@@ -72,6 +73,19 @@ class DINOHead(nn.Module):
             return products
         products = products / torch.linalg.vector_norm(weight, dim=-1)  # cheaper than K prototypes by their lengths
         return products if self.gain is None else products * self.gain
+
+
+def check_queue(queue: int, crops: int) -> None:
+    """Raises `SaccadeError` where a queue is not of whole steps of so many teacher's crops over all ranks.
+
+    Which crops of the oldest step it kept would depend on ranks and accumulation.
+    """
+    if queue % crops:
+        raise SaccadeError(
+            f"--queue {queue} is not of whole steps: the teacher sees {crops} large crops a step",
+            path="--queue",
+            hint=f"use {max(1, round(queue / crops)) * crops}, or another multiple of {crops}",
+        )
 
 
 class Assignment(nn.Module):

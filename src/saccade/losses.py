@@ -42,11 +42,12 @@ def sinkhorn_knopp(
     is the same and keeps exp from overflowing, and from vanishing where one sample's logits are far above another's.
     """
     rows = logits if past is None else torch.cat([logits, past[distributed.rank() :: distributed.world()]])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     limits = torch.finfo(rows.dtype)
     most = rows.amax(1, keepdim=True)
-    share = (rows - most.clamp(min=limits.min)).exp()
-    weight = (most - distributed.largest(most.max() if len(rows) else rows.new_tensor(-torch.inf))).exp()
+    share = ((rows - most.clamp(min=limits.min)) / temperature).exp()
+    largest = distributed.largest(most.max() if len(rows) else rows.new_tensor(-torch.inf))
+    weight = ((most - largest) / temperature).exp()
     count = distributed.total(most.isfinite().sum().to(rows.dtype))
     for turn in range(iterations):
         used = distributed.total((share if turn else weight * share).sum(0))

@@ -13,7 +13,7 @@ from saccade import distributed, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
-from saccade.optim import AdamW, Group, default_groups, warmup_cosine
+from saccade.optim import AdamW, Group, default_groups
 from saccade.recipe import Coupled, Method, Recipe, Training
 from saccade.settings import PretrainArguments
 
@@ -84,7 +84,7 @@ class Model:
         groups = self.method.groups(t)
         self.optimizer.set(
             groups or self.optimizer.groups,
-            warmup_cosine(t, self.config.warmup, self.config.min_lr / self.optimizer.lr),
+            self.config.rate(t),
             self.config.weight_decay,
         )
         self.scaler.unscale_(self.optimizer.optimizer)

@@ -42,13 +42,6 @@ def linear(t: Float[Tensor, ""], start: float, end: float, until: float = 1.0) -
     return start + (end - start) * torch.clamp(t / until, 0.0, 1.0)
 
 
-def warmup_cosine(t: float, warmup: float, end: float = 0.0) -> float:
-    """The learning rate's factor: up from 0 in a line until `warmup`, then down to `end` along half a cosine."""
-    if t < warmup:
-        return t / warmup
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / max(1 - warmup, 1e-12)))
-
-
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, part: Float[Tensor, ""]) -> None:
     """Moves the teacher's parameters by this part of the way to the student's, each rank its own shards."""

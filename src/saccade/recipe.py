@@ -43,6 +43,9 @@ class Method(nn.Module, ABC):
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """What follows an optimizer step: a teacher follows its student, centres move."""
 
+    def begin(self) -> None:
+        """What a stage begins with, after it has taken over the weights of the stage before."""
+
     @abstractmethod
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""

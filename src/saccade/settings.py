@@ -50,6 +50,13 @@ class Training(Settings):
         """The highest learning rate."""
         return self.lr * self.batch / 256
 
+    def rate(self, t: float) -> float:
+        """The learning rate at `t`, as a part of the highest: up in a line, then down to `min_lr` along a cosine."""
+        if t < self.warmup:
+            return t / self.warmup
+        low = self.min_lr / self.peak()
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (t - self.warmup) / max(1 - self.warmup, 1e-12)))
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None
@@ -207,6 +214,25 @@ class ModelsArguments(Settings):
     """List the published checkpoints that are known: parameters, licence, training data, whether in the cache."""
 
     pattern: Word = Field("*", description="part of a name or of a family; * and ? stand for anything")
+
+
+class ExportArguments(Settings):
+    """Write a backbone for transformers, timm or onnxruntime, and compare what they make of it."""
+
+    backbone: Word = Field(description="run directory or checkpoint")
+    to: Literal["hf", "timm", "onnx", "safetensors"] = Field(
+        description="hf: transformers' AutoModel; safetensors: the authors' own names, or saccade's"
+    )
+    out: str = Field(description="new folder")
+    int8: str | None = Field(
+        None, description="onnx: an int8 copy too, if it finds the same neighbours among these pictures (100 or more)"
+    )
+
+    @model_validator(mode="after")
+    def _int8_is_onnx(self) -> ExportArguments:
+        if self.int8 is not None and self.to != "onnx":
+            raise ValueError("int8 goes with --to onnx")
+        return self
 
 
 class TourArguments(Settings):

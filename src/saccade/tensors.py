@@ -35,6 +35,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return _arrays(path)
     if is_torchscript(path):
         return read_torchscript(path)
+    if path.suffix == ".onnx":
+        from saccade.onnx import files
+
+        return files.tensors(path)
     try:
         # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):

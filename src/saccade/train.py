@@ -129,6 +129,10 @@ class Pretraining:
         """The model at the newest good checkpoint, or at the start."""
         self.steps = steps
         ends = [round(until * steps) for until, _ in self.page.stages(self.config)]
+        if len({0, *ends}) <= len(ends):
+            raise self.ranks.shared(SaccadeError(
+                f"{steps} steps leave a stage of {self.page.name} without one", path="--steps", hint="give more"
+            ))  # fmt: skip
         self.stages = list(zip(ends, (config for _, config in self.page.stages(self.config)), strict=True))
         found = self.ranks.from_first(lambda: self.run.newest(self.progress.say)) if save else None
         self.step = found[1]["step"] if found else 0
@@ -162,6 +166,7 @@ class Pretraining:
         self.model = Model(self.page, self.stages[stage][1], self.arguments, self.ranks)
         if before is not None:
             self.model.adopt(before)
+            self.model.method.begin()
             self.watch.enter(self.model.config)
 
     def _deliveries(self, first: int, last: int) -> Iterator[Delivery]:

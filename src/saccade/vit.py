@@ -400,7 +400,7 @@ class AttentionPool(nn.Module):
         self.mlp = MLP(width, config.hidden, "gelu" if config.activation == "swiglu" else config.activation)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-        query = self.q(self.latent).expand(len(x), -1, -1)
+        query = self.q(self.latent).expand(x.shape[0], -1, -1)
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, *self.kv(x).chunk(2, -1))]
         x = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))[:, 0]
         return x + self.mlp(self.norm(x))
@@ -573,9 +573,9 @@ class ViT(nn.Module):
                 f"this ViT reads {config.channels} channels, not {images.shape[1]}", path="--channels", hint=hint
             )
         grid = grid_of(tuple(images.shape[2:]), config.patch, config.patch_time)
-        x = torch.cat([*self._prefix(len(images)), self._embed(images, keep, hide, grid)], 1)
+        x = torch.cat([*self._prefix(images.shape[0]), self._embed(images, keep, hide, grid)], 1)
         positions = places(grid, images.device)
-        positions = positions.expand(len(images), -1, -1) if keep is None else positions[keep]
+        positions = positions.expand(images.shape[0], -1, -1) if keep is None else positions[keep]
         return self.norm_pre(x), self._rope(grid, keep), positions, grid
 
     def _rope(self, grid: tuple[int, ...], keep: Tensor | None, stretch: Tensor | None = None) -> Rope:

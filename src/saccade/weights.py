@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from saccade import hub, published, resize
+from saccade import hub, naming, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, nearest, say
@@ -28,9 +28,12 @@ from saccade.hub import PICKLE as BIN
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
 from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
-from saccade.vit import Attention, sincos
+from saccade.vit import Attention, ViT, sincos
 
 FORMAT = "saccade-backbone-1"
+EXPORTED = "saccade"
+"""Where the config.json of an export says what the network is, beside what another library reads there."""
+ONNX = "model.onnx"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -63,8 +66,8 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> Encoder:
-    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth or a published
-    name, on the CPU.
+    """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth, a .onnx or a
+    published name, on the CPU.
 
     A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
     `preprocess` makes, the native size if None; `channels` and `patch` are others than the encoder was trained with
@@ -80,10 +83,10 @@ def load(
         path = f"{fetched.name}@{fetched.revision}"
         encoder.record |= {"name": fetched.name, "revision": fetched.revision, "sha256": fetched.sha256, "path": path}
     for origin in origins(encoder.record):
-        if origin["terms"]:
+        if origin.get("terms"):
             own = "" if encoder.record["family"] != "saccade" else f"{backbone} derives from "
-            about = f"{origin['licence']}, {origin['terms']}; {origin['licence_url']}"
-            say(f"saccade: {own}{origin['family']} weights: {about}")
+            about = [f"{origin['licence']}, {origin['terms']}", *filter(None, [origin.get("licence_url")])]
+            say(f"saccade: {own}{origin['family']} weights: {'; '.join(about)}")
     return encoder
 
 
@@ -100,7 +103,11 @@ def origins(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _load(backbone: str | Path, name: str | None, image_size: int | None, other: Other) -> Encoder:
     """The encoder of what lies on this disk; `name` is what it is published as."""
     folder, files = _find(backbone)
+    if files[0].suffix == ".onnx":
+        return _load_onnx(files[0], image_size, other)
     config = _config(folder / CONFIG)
+    if isinstance(config.get(EXPORTED), dict):
+        return _load_exported(Path(backbone).expanduser(), files, config, image_size, other)
     if config.get("format") is None:
         place = Path(backbone).expanduser()
         return _load_published(place, files, config, image_size, other, _called(Path(name or place), config))
@@ -126,6 +133,24 @@ def _load(backbone: str | Path, name: str | None, image_size: int | None, other:
         "path": str(Path(backbone).absolute()),
     }
     return _finish(network, {"licence": None, **record}, image_size, other)
+
+
+def _load_onnx(path: Path, image_size: int | None, other: Other) -> Encoder:
+    """In torch where a file of others holds the weights of a family, else in onnxruntime."""
+    from saccade.onnx import reading
+
+    if not reading.weights_of_a_family(path):
+        if other != Other():
+            raise SaccadeError(
+                f"{path} runs as it is: its channels, patches and normalisation cannot be changed", path=path,
+                hint="load what it was written from",
+            )  # fmt: skip
+        return reading.load(path, image_size)
+    encoder = _load_published(path, [path], {}, image_size, other, _called(path, {}))
+    encoder.record["hash"] = hash_of(*reading.beside(path))
+    if reading.exact_resizing(path) and isinstance(encoder.backbone, ViT):
+        encoder.backbone.config = encoder.backbone.config.model_copy(update={"position_offset": 0.0})
+    return encoder
 
 
 def _load_published(
@@ -164,6 +189,63 @@ def _finish(
     size, seen = config.image_size if image_size is None else image_size, config.channels
     preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
     return Encoder(network, record, image_size, preprocess).eval()
+
+
+def _load_exported(
+    place: Path, files: list[Path], config: dict[str, Any], image_size: int | None, other: Other
+) -> Encoder:
+    """The encoder of an export, also after another library trained it on. Raises `SaccadeError`."""
+    said, path = config[EXPORTED], place / CONFIG
+    try:
+        kind, page, table = (str(said[name]) for name in ("network", "page", "naming"))
+        settings, prepared = FAMILIES[kind].config(**said["config"]), Preprocess(**said["preprocess"])
+        record = dict(said["record"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise SaccadeError(
+            f"{path} does not say what was exported: {str(error).splitlines()[0]}", path=path, hint="copy it again"
+        ) from None
+    _agrees(config, settings, path)
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    rules = naming.naming(page, table)
+    names = max((published.sort(rules, tensors, prefix) for prefix in rules.prefixes), key=lambda one: one.matched)
+    if names.missing or names.unexpected:
+        raise SaccadeError(
+            f"{place} is not what its {CONFIG} describes: {published.counts(names)}", path=place, hint="copy it again"
+        )
+    _refuse_numbers(tensors, place)
+    try:
+        settings, ours = naming.unfold(settings, published.to_ours(rules, tensors, names.prefix))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise SaccadeError(f"{place} has tensors of other shapes: {error}", path=place, hint="copy it again") from None
+    network = _network(kind, settings)
+    own = network.state_dict()
+    _into(network, {name: own[name] for name in rules.optional if name in own} | ours, place)
+    record |= {
+        "naming": table,
+        "size": network.config.image_size,
+        "hash": hash_of(*files),
+        "matched": len(ours),
+        "missing": [],
+        "unexpected": [],
+        "ignored": names.ignored,
+        "path": str(place.absolute()),
+    }
+    facts = Prepared(prepared.resize, prepared.crop, prepared.interpolation, prepared.square)
+    return _finish(network, record, prepared.crop if image_size is None else image_size, other, facts)
+
+
+def _agrees(config: dict[str, Any], settings: Any, path: Path) -> None:
+    """Raises `SaccadeError` where what transformers reads in a config.json was changed and what we read was not."""
+    if "model_type" not in config:
+        return
+    facts = naming.transformers(settings, "").facts
+    for name in ("hidden_act", "layer_norm_eps", "num_attention_heads"):
+        if name in config and name in facts and config[name] != facts[name]:
+            raise SaccadeError(
+                f"{path} says {name} {config[name]!r}, but the network that was exported has {facts[name]!r}",
+                path=path,
+                hint=f"put it back, or take out the key {EXPORTED!r} if the network is another now",
+            )
 
 
 def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
@@ -333,8 +415,9 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
     if place.is_file():
         return place.parent, [place]
     for folder in (place / "backbone", place):
-        if (folder / WEIGHTS).is_file():
-            return folder, [folder / WEIGHTS]
+        for name in (WEIGHTS, ONNX):
+            if (folder / name).is_file():
+                return folder, [folder / name]
     if (place / SHARDS).is_file():
         return place, _shards(place / SHARDS)
     if (place / CONFIG).is_file() and (place / BIN).is_file():
@@ -343,7 +426,7 @@ def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
         )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ARRAYS, *PICKLES))
+    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ".onnx", ARRAYS, *PICKLES))
     if others:
         raise SaccadeError(
             f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"

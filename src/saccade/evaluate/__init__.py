@@ -231,9 +231,10 @@ def _best(scores: dict[str, _Scores]) -> dict[str, _Scores]:
 
 def _report_baselines(scores: dict[str, _Scores]) -> dict[str, Any]:
     fresh = _of(scores, "untrained")
+    numbers = {**_numbers(_best(fresh)), **{name: _all(found) for name, found in fresh.items()}} if fresh else None
     return {
         "pixels": _all(scores["pixels"]),
-        "untrained": {**_numbers(_best(fresh)), **{name: _all(found) for name, found in fresh.items()}},
+        **({"untrained": numbers} if numbers else {}),  # of a graph of others there is no network to draw anew
         "border": _all(scores["border"]),
     }
 

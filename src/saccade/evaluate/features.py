@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.backbone import known
 from saccade.embed import examining, pooled, read_pictures
 from saccade.encoder import Encoder, untrained
 from saccade.evaluate.labelled import Labelled
@@ -53,7 +54,7 @@ def extract(
 ) -> Extracted:
     """Runs the encoder, and the baselines where they are wanted, over all labelled pictures."""
     networks = {"pretrained": encoder}
-    if baselines:
+    if baselines and known(encoder.backbone):
         networks["untrained"] = untrained(encoder, seed).to(encoder.device)
     rows = np.concatenate([labelled.train, labelled.test])
     side = min(SMALL, encoder.preprocess.crop)
@@ -90,7 +91,8 @@ def extract(
 def _poolings(network: Encoder, features: Features) -> dict[str, Float[Tensor, "b d"]]:
     """Class token, patch mean, and the family's own vector where it is neither."""
     kinds = {"cls": pooled(features, "cls")} if features.cls is not None else {}
-    kinds["mean"] = pooled(features, "mean")
+    if features.patches.shape[1]:  # some give one vector and no patches
+        kinds["mean"] = pooled(features, "mean")
     if network.backbone.config.pooling not in kinds:
         kinds[network.backbone.config.pooling] = network.embedding(features)
     return kinds

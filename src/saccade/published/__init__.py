@@ -352,17 +352,30 @@ PLAIN: tuple[Rule, ...] = (
 """A ViT as timm names it, and MAE, DINO, iBOT, MoCo v3 and I-JEPA themselves; where there is no class token, none."""
 
 
-def activation(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The activation that a transformers config.json says, where it says one: for `Family.read`."""
-    del shapes
-    said = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "gelu_quick"}
-    if "hidden_act" not in config:
-        return {}
-    if config["hidden_act"] not in said:
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
+    "silu": "swiglu",
+    "swish": "swiglu",
+}
+
+
+def activation(config: Mapping[str, Any], gated: bool) -> dict[str, str]:
+    """The activation that a transformers config.json says, where it says one that is read. Raises `SaccadeError`."""
+    said = config.get("hidden_act")
+    if said is None or "model_type" not in config or (gated and str(config["model_type"]).startswith("dinov2")):
+        return {}  # DINOv2's gate is a SiLU whatever stands there
+    known = {name for name, ours in _ACTIVATIONS.items() if (ours == "swiglu") == gated}
+    if said not in known:
+        kind = "an MLP with a gate" if gated else "a plain MLP"
         raise SaccadeError(
-            f"activation {config['hidden_act']!r} is none that a ViT here has", path="hidden_act", hint=", ".join(said)
+            f"no {kind.partition(' ')[2]} has the activation {said!r} here",
+            path="hidden_act",
+            hint=nearest(str(said), known),
         )
-    return {"activation": said[config["hidden_act"]]}
+    return {"activation": _ACTIVATIONS[said]}
 
 
 def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: str = "") -> Recognised:
@@ -449,9 +462,9 @@ def _attempt(
         size, switches = _geometry(family, given, config, called)
         expected = _expected(family, switches)
     except SaccadeError as error:
-        return found, f"{_counts(names)}; {error.error}"
+        return found, f"{counts(names)}; {error.error}"
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return found, f"{_counts(names)}; what tells its size is missing or of another shape"
+        return found, f"{counts(names)}; what tells its size is missing or of another shape"
     reshaped = [
         f"{key} {given[key]} for {expected[key]}"
         for key in given.keys() & expected.keys()
@@ -465,7 +478,7 @@ def _attempt(
         unexpected=sorted([*names.unexpected, *doubled, *(given.keys() - expected.keys()), *reshaped]),
     )
     found = found._replace(size=size, config=switches, names=names)
-    return found, _counts(names) if names.missing or names.unexpected else None
+    return found, counts(names) if names.missing or names.unexpected else None
 
 
 def _in_their_names(naming: Naming, ours: Iterable[str], prefix: str, shapes: Shapes) -> set[str]:
@@ -475,7 +488,8 @@ def _in_their_names(naming: Naming, ours: Iterable[str], prefix: str, shapes: Sh
     return {prefix + name for _, targets, _ in found for name in targets} - shapes.keys() | (set(ours) - named)
 
 
-def _counts(names: Sorted) -> str:
+def counts(names: Sorted) -> str:
+    """How many of a file's names match, are missing and unexpected, in words."""
     parts = [f"{names.matched} matched"]
     for kind, some in (("missing", names.missing), ("unexpected", names.unexpected)):
         listed = f" ({', '.join(some[:3])}{', …' if len(some) > 3 else ''})" if some else ""
@@ -560,6 +574,7 @@ def _geometry(
         numbers["heads"] = config["num_attention_heads"]
     if gated:
         switches["activation"] = "swiglu"
+    switches |= activation(config, gated)
     if "register_tokens" in shapes:
         switches["registers"] = shapes["register_tokens"][1]
     switches |= {"mask_token": "mask_token" in shapes, "channels": shapes["patch_embed.proj.weight"][1], **numbers}

@@ -35,11 +35,13 @@ class Config(recipe.MaskedDistillation):
     assignment: Literal["centre", "sinkhorn"] = Field("centre", description="how the teacher's answers are evened out")
     separate_heads: bool = Field(False, description="patches have a head of their own")
     koleo_weight: float = Field(0.1, ge=0, description="weight of the loss that spreads embeddings apart")
-    koleo_group: int = Field(
-        16, ge=2, description="samples among which it looks for the nearest; divides a micro-batch"
-    )
+    koleo_group: int = Field(16, ge=2, description="samples among which the nearest is sought; divides a micro-batch")
     bottleneck: int = Field(256, ge=1, description="width that is compared with prototypes")
-    queue: int = Field(0, ge=0, description="former samples beside a batch in Sinkhorn-Knopp: for batches below 1,000")
+    queue: int = Field(
+        0,
+        ge=0,
+        description="former large crops beside this step's in Sinkhorn-Knopp, of whole steps: for small batches",
+    )
     momentum: float = Field(0.992, ge=0, le=1, description="what the teacher keeps a step at the start; 1 at the end")
 
     def peak(self) -> float:
@@ -90,13 +92,16 @@ class Method(recipe.Method):
         self.student = nn.ModuleDict({"backbone": backbone, **made})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.last = names[-1]  # the patches' head
-        queues = {"cls": config.queue, "patch": 0}  # there are hidden patches enough
-        self.assign = nn.ModuleDict({
-            kind: heads.Assignment(config.assignment, count, config.bottleneck,
-                                   momentum=config.centre_momentum, queue=queue)
-            for kind, queue in queues.items()
-        })  # fmt: skip
-        losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
+        momentum, queues = config.centre_momentum, {"cls": config.queue, "patch": 0}  # hidden patches are enough
+        self.assign = nn.ModuleDict(
+            {
+                kind: heads.Assignment(config.assignment, count, config.bottleneck, momentum=momentum, queue=queue)
+                for kind, queue in queues.items()
+            }
+        )
+        heads.check_queue(config.queue, 2 * config.batch)
+        if config.koleo_weight:
+            losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
 
     def encoder(self) -> nn.Module:
         """The teacher's backbone: it is ahead of the student's."""
@@ -125,7 +130,7 @@ class Method(recipe.Method):
         patch_logits = self.student[self.last](seen.patches[hide])
         patch_loss = losses.hidden_patches(patch_logits, patch_target, hide, temperature)
         # of both large crops, as released; the paper's text says of the first
-        koleo = sum(losses.koleo(crop, config.koleo_group) for crop in seen.cls.chunk(2))
+        koleo = sum(losses.koleo(x, config.koleo_group) for x in seen.cls.chunk(2)) if config.koleo_weight else 0 * loss
         metrics = {"cls_loss": loss.detach(), "patch_loss": patch_loss.detach(), "koleo": koleo.detach()}
         total = loss + config.patch_weight * patch_loss + config.koleo_weight * koleo
         return total, metrics | heads.concentration(target)
