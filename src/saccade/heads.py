@@ -5,17 +5,19 @@ The loss stands beside its head so that DINO is followed from disk to loss in se
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saccade import distributed, losses, vit
 from saccade.errors import SaccadeError
 from saccade.linear import Linear, linear
 from saccade.norm import BatchNorm
+from saccade.settings import SpreadDistillation
 
 
 class DINOHead(nn.Module):
@@ -140,6 +142,43 @@ class Assignment(nn.Module):
             fresh = distributed.gather(torch.cat(self._fresh)).to(self.past.dtype)
             self.past.copy_(torch.cat([fresh, self.past])[: self.queue])
             self._fresh.clear()
+
+
+class Assignments(nn.ModuleDict):
+    """Answers for class tokens (`head`), and for hidden patches (`patch_head`, or the same one), each evened out apart."""
+
+    def __init__(self, config: SpreadDistillation, kind: Literal["centre", "sinkhorn"], widths: dict[str, int]):
+        check_queue(config.queue, 2 * config.batch)
+        self.last = list(widths)[-1]
+        queues = {"cls": ("head", config.queue), "patch": (self.last, 0)}  # there are hidden patches enough
+        super().__init__({
+            name: Assignment(kind, widths[head], config.bottleneck, momentum=config.centre_momentum, queue=queue)
+            for name, (head, queue) in queues.items()
+        })  # fmt: skip
+
+    def answers(
+        self, teacher: nn.ModuleDict, images: Tensor, hide: Bool[Tensor, "b n"], temperature: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "m l"]]:
+        """What a teacher of `backbone` and heads sees in whole pictures and where patches are hidden."""
+        seen = teacher["backbone"](images)
+        found = (("cls", "head", seen.cls), ("patch", self.last, seen.patches[hide]))
+        cls, patches = (self[name](teacher[head], teacher[head].bottleneck(x), temperature) for name, head, x in found)
+        return cls, patches
+
+    def after_step(self) -> None:
+        """Centres and queues take a step in."""
+        for assignment in self.values():
+            assignment.after_step()
+
+
+def student_and_teacher(
+    config: SpreadDistillation, backbone: nn.Module, widths: dict[str, int], lengths: Literal["learned", "free"]
+) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """A backbone with a head of each of these widths, and a copy of them all that no gradient moves."""
+    shape = {"hidden": config.hidden, "bottleneck": config.bottleneck, "norm": config.head_norm, "lengths": lengths}
+    made = {name: DINOHead(backbone.config.width, count, **shape) for name, count in widths.items()}
+    student = nn.ModuleDict({"backbone": backbone, **made})
+    return student, copy.deepcopy(student).requires_grad_(False)
 
 
 def cross_view(

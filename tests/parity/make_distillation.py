@@ -19,7 +19,6 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -317,10 +316,10 @@ def masks() -> dict[str, Tensor]:
         for ratio in RATIOS:
             count = int(height * width * ratio)
             ibot.pred_ratio = (count + 1e-6) / (height * width)
-            makers: dict[str, Callable[[], Any]] = {"dinov2": lambda: dinov2(count), "ibot": lambda: ibot[0][-1][0]}
-            for who, make in makers.items():
+            for who in ("dinov2", "ibot"):
                 random.seed(f"{who} {grid} {ratio}")
-                drawn = torch.stack([torch.from_numpy(make()) for _ in range(MASKS)])
+                made = [dinov2(count) if who == "dinov2" else ibot[0][-1][0] for _ in range(MASKS)]
+                drawn = torch.stack([torch.from_numpy(mask) for mask in made])
                 found[f"masks/{who} {height}x{width} {ratio}"] = moments(shape_of(drawn))
     return found
 

@@ -16,7 +16,7 @@ from saccade.data import Batch
 from saccade.draws import Draws
 
 
-class Config(recipe.MaskedDistillation):
+class Config(recipe.SpreadDistillation):
     """The released short recipe: ViT-L/16, shared head, centring; `large` is that of the released giant."""
 
     arch: str = Field("vit-l/16", description="backbone: size and patch, e.g. vit-s/14")
@@ -25,23 +25,14 @@ class Config(recipe.MaskedDistillation):
     lr: float = Field(4e-3, gt=0, description="learning rate at batch 1024; scaled with the batch's square root")
     warmup: float = Field(0.1, ge=0, le=1, description="part of training in which the learning rate rises from 0")
     layer_decay: float = Field(0.9, gt=0, le=1, description="learning rate falls by this factor a layer, last to first")
-    patch_embed_rate: float = Field(0.2, ge=0, le=1, description="the patch embedding's learning rate, as a part")
     clip: float | None = Field(3.0, gt=0, description="largest gradient norm of the backbone and of each head")
-    drop_path: float = Field(0.3, ge=0, lt=1, description="how often each of the student's blocks is left out")
-    layer_scale: float = Field(1e-5, gt=0, description="factor of the residual branches at the start")
-    registers: int = Field(0, ge=0, description="register tokens; 4 in the models that have them")
-    global_scale: tuple[float, float] = Field((0.32, 1.0), description="area of a large crop, as parts of the picture")
-    local_scale: tuple[float, float] = Field((0.05, 0.32), description="area of a small crop")
     assignment: Literal["centre", "sinkhorn"] = Field("centre", description="how the teacher's answers are evened out")
-    separate_heads: bool = Field(False, description="patches have a head of their own")
-    koleo_weight: float = Field(0.1, ge=0, description="weight of the loss that spreads embeddings apart")
     koleo_group: int = Field(16, ge=2, description="samples among which the nearest is sought; divides a micro-batch")
-    bottleneck: int = Field(256, ge=1, description="width that is compared with prototypes")
-    queue: int = Field(
         0,
         ge=0,
         description="former large crops beside this step's in Sinkhorn-Knopp, of whole steps: for small batches",
     )
+    separate_heads: bool = Field(False, description="patches have a head of their own")
     momentum: float = Field(0.992, ge=0, le=1, description="what the teacher keeps a step at the start; 1 at the end")
 
     def peak(self) -> float:
@@ -85,21 +76,12 @@ class Method(recipe.Method):
 
     def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
         super().__init__(config, backbone, teachers)
-        self.config, count = config, config.prototypes
-        shape = {"hidden": config.hidden, "bottleneck": config.bottleneck, "norm": config.head_norm}
-        names = ("head", "patch_head") if config.separate_heads else ("head",)
-        made = {name: heads.DINOHead(backbone.config.width, count, **shape, lengths="learned") for name in names}
-        self.student = nn.ModuleDict({"backbone": backbone, **made})
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.last = names[-1]  # the patches' head
-        momentum, queues = config.centre_momentum, {"cls": config.queue, "patch": 0}  # hidden patches are enough
-        self.assign = nn.ModuleDict(
-            {
-                kind: heads.Assignment(config.assignment, count, config.bottleneck, momentum=momentum, queue=queue)
-                for kind, queue in queues.items()
-            }
-        )
-        heads.check_queue(config.queue, 2 * config.batch)
+        self.config = config
+        widths = {"head": config.prototypes}
+        if config.separate_heads:
+            widths["patch_head"] = config.patch_prototypes or config.prototypes
+        self.student, self.teacher = heads.student_and_teacher(config, backbone, widths, "learned")
+        self.assign = heads.Assignments(config, config.assignment, widths)
         if config.koleo_weight:
             losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
 
