@@ -81,7 +81,7 @@ def three_steps(kind: str, **changes: Any) -> float:
         large, small, hide = reference.inputs(step)
         t = torch.tensor(step * UNTIL / (reference.STEPS - 1), dtype=torch.float64)
         words = torch.zeros(len(large) + len(small), dtype=torch.long)
-        loss, _ = method({"globals": large, "locals": small, "hide": hide, "drop": words}, t)
+        loss, _ = method({"globals": large, "locals": small, "hide": hide, "drop": words, "stretch": words}, t)
         loss.backward()
         method.after_step(t)
         told.append(loss.detach())
@@ -136,7 +136,7 @@ def mean_over_patches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def own_view_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def wrong(student: Tensor, teacher: Tensor, temperature: float, *_: float) -> Tensor:
         return -(teacher.sum(0) * (student / temperature).log_softmax(-1)).sum(-1).mean() / len(teacher)
 
     monkeypatch.setattr(heads, "cross_view", wrong)
@@ -144,7 +144,7 @@ def own_view_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def swapped_views(monkeypatch: pytest.MonkeyPatch) -> None:
     right = heads.cross_view
-    monkeypatch.setattr(heads, "cross_view", lambda student, teacher, T: right(student, teacher.flip(0), T))
+    monkeypatch.setattr(heads, "cross_view", lambda student, teacher, *rest: right(student, teacher.flip(0), *rest))
 
 
 def other_patches_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
