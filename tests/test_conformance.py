@@ -33,7 +33,7 @@ from saccade.tour import PICTURES
 
 SHIPPED = recipe.names()
 TOYS = sorted(SOURCES)
-NEED_A_VIT = ["dinov2", "ibot", "mae"]
+NEED_A_VIT = ["dinov2", "dinov3", "ibot", "mae"]
 CONVNETS = [f"{name}-on-a-convnet" for name in SHIPPED if name not in NEED_A_VIT]
 CASES = [*SHIPPED, *TOYS, *CONVNETS]
 
@@ -168,7 +168,7 @@ def test_every_knob_is_read(case: Case) -> None:
     own = {
         name
         for name in vars(case.recipe.config)["__annotations__"]
-        if name not in recipe.MaskedDistillation.model_fields
+        if name not in recipe.SpreadDistillation.model_fields
     }
     assert own <= read, "dead knobs"
     assert all(field.description for field in case.recipe.config.model_fields.values())

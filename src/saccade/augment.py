@@ -216,7 +216,8 @@ def _uniform(stream: Stream, views: Views, n: int) -> Float[Tensor, "v n"]:
 def multi_crop(
     config: MultiCrop, batch: Batch, draws: Draws, *, blurred: tuple[float, float, float], plain: int | None = None
 ) -> Batch:
-    """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
+    """Large crops `globals` [2B C S S], small `locals`, and random words a crop: `drop` for its stochastic depth, and
+    `stretch` for RoPE, the same for all large crops of a step and for all small ones.
 
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
     large crops in this size and in their own colours, as `plain` [2B C P P]. Every first axis is view-major.
@@ -238,7 +239,10 @@ def multi_crop(
     if few:
         small = blur(small, draws.sample("blur"), probability=blurred[2] * config.blur)
         made["locals"] = render(batch["pixels"], small, config.local_size)
-    return made | {"drop": draws.step("drop").bits(2 + few).T.flatten().to(batch["pixels"].device)}
+    words = draws.step("stretch").shared(2).mul(2**24).long()  # one for all large crops, one for all small
+    by_chance = {"drop": draws.step("drop").bits(2 + few).T.flatten()}
+    by_chance["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size))
+    return made | {name: rows.to(batch["pixels"].device) for name, rows in by_chance.items()}
 
 
 def render(

@@ -6,6 +6,7 @@ The loss stands beside its head so that DINO is followed from disk to loss in se
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal
 
 import torch
@@ -14,10 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from saccade import distributed, losses, vit
+from saccade.data import Batch
+from saccade.draws import Stream
 from saccade.errors import SaccadeError
 from saccade.linear import Linear, linear
 from saccade.norm import BatchNorm
 from saccade.settings import SpreadDistillation
+from saccade.vit import Features
 
 
 class DINOHead(nn.Module):
@@ -145,7 +149,7 @@ class Assignment(nn.Module):
 
 
 class Assignments(nn.ModuleDict):
-    """Answers for class tokens (`head`), and for hidden patches (`patch_head`, or the same one), each evened out apart."""
+    """Answers for class tokens (`head`) and hidden patches (`patch_head`, or the same one), each evened out apart."""
 
     def __init__(self, config: SpreadDistillation, kind: Literal["centre", "sinkhorn"], widths: dict[str, int]):
         check_queue(config.queue, 2 * config.batch)
@@ -172,12 +176,21 @@ class Assignments(nn.ModuleDict):
 
 
 def student_and_teacher(
-    config: SpreadDistillation, backbone: nn.Module, widths: dict[str, int], lengths: Literal["learned", "free"]
+    config: SpreadDistillation,
+    backbone: nn.Module,
+    widths: dict[str, int],
+    lengths: Literal["learned", "free"],
+    **more: nn.Module,
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """A backbone with a head of each of these widths, and a copy of them all that no gradient moves."""
+    """A backbone with a head of each of these widths, and a copy of them all that no gradient moves.
+
+    Raises `SaccadeError` where KoLeo's groups do not divide what this rank sees at a time.
+    """
+    if config.koleo_weight:
+        losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
     shape = {"hidden": config.hidden, "bottleneck": config.bottleneck, "norm": config.head_norm, "lengths": lengths}
     made = {name: DINOHead(backbone.config.width, count, **shape) for name, count in widths.items()}
-    student = nn.ModuleDict({"backbone": backbone, **made})
+    student = nn.ModuleDict({"backbone": backbone, **made, **more})
     return student, copy.deepcopy(student).requires_grad_(False)
 
 
@@ -213,3 +226,55 @@ def concentration(probabilities: Float[Tensor, "b k"]) -> dict[str, Float[Tensor
     """
     used = torch.special.entr(probabilities.mean(0)).sum().exp() / probabilities.shape[1]
     return {"teacher_entropy": torch.special.entr(probabilities).sum(1).mean(), "prototype_use": used}
+
+
+def student_answers(
+    student: nn.ModuleDict,
+    config: SpreadDistillation,
+    batch: Batch,
+    *,
+    stretch: float = 1.0,
+) -> tuple[Features, Float[Tensor, "v b k"]]:
+    """Features of the large crops, in which patches are hidden, and the class tokens' logits of all crops.
+
+    `stretch`: RoPE's coordinates are scaled by up to this, and down, by chance in each block, the same for all large
+    crops of a step and for all small ones (DINOv3). A student's
+    `local_norm` stands for its last norm in small crops.
+    """
+    backbone, whole = student["backbone"], batch["globals"]
+    norm = dict(student.items()).get("local_norm")
+    sizes = [len(whole), len(batch["drop"]) - len(whole)]
+    rates = [config.drop_path] * backbone.branches
+    how = []
+    for rows, words in zip(batch["drop"].split(sizes), batch["stretch"].split(sizes), strict=True):
+        u = Stream(words[:1], 0).uniform(backbone.config.depth)
+        by = None if stretch == 1 else torch.exp((2 * u[0] - 1) * math.log(stretch))
+        how.append({"drop": vit.stochastic_depth(rows, rates), "stretch": by})
+    seen = backbone(whole, hide=batch["hide"], **how[0])
+    tokens = [seen.cls]
+    if sizes[1]:
+        tokens.append(backbone(batch["locals"], tokens="cls", norm=norm, **how[1]).cls)
+    return seen, student["head"](torch.cat(tokens)).unflatten(0, (-1, len(whole) // 2))
+
+
+def spread_losses(
+    config: SpreadDistillation,
+    seen: Features,
+    logits: Float[Tensor, "v b k"],
+    patch_head: DINOHead,
+    hide: Bool[Tensor, "c n"],
+    targets: tuple[Float[Tensor, "c k"], Float[Tensor, "m l"]],
+    local_weight: float | Float[Tensor, ""] = 1.0,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """DINOv2's loss: every view's prototypes, every hidden patch's in its view, and KoLeo; with what is worth logging.
+
+    KoLeo is of both large crops, as released; the paper's text says of the first.
+    """
+    target, patch_target = targets
+    cls = cross_view(logits, target.unflatten(0, (-1, logits.shape[1])), config.student_temperature, local_weight)
+    patch = losses.hidden_patches(patch_head(seen.patches[hide]), patch_target, hide, config.student_temperature)
+    total, found = cls + config.patch_weight * patch, {"cls_loss": cls, "patch_loss": patch}
+    if config.koleo_weight:
+        found["koleo"] = sum(losses.koleo(crop, config.koleo_group) for crop in seen.cls.chunk(2))
+        total = total + config.koleo_weight * found["koleo"]
+    return total, {name: value.detach() for name, value in found.items()} | concentration(target)

@@ -33,17 +33,21 @@ def masked_counts(
 def block_masks(
     config: MaskedDistillation,
     draws: Draws,
-    strata: Float[Tensor, " v"],
     crops: Shaped[Tensor, "v c s s"],
     *,
+    spread: bool,
     fill: bool,
     smallest: Literal["4", "ninth"] = "4",
 ) -> Bool[Tensor, "v n"]:
     """True for the patches of large crops that the student does not see, on the crops' device; view-major like them.
 
+    `spread`: parts to hide are spread evenly over the crops of a batch, and just as many crops have any (DINOv2);
+    otherwise each crop draws for itself (iBOT).
     `smallest`: the area from which a rectangle's is drawn, 4 patches or (a third of the side) squared (iBOT).
     """
     grid = vit.grid_of(tuple(crops.shape[-2:]), vit.parse(config.arch)[1])
+    alone = draws.step("masked").uniform(2).T.flatten()
+    strata = draws.strata("masked", config.batch, 2) if spread else alone
     counts = masked_counts(strata, math.prod(grid), config.masked, config.mask_ratio)
     rows = draws.step("blocks").bits(2).T.flatten()
     area = 4 if smallest == "4" else (min(grid) // 3) ** 2

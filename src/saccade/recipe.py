@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
 from saccade.optim import Group
-from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, Training, checked, flag
+from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, SpreadDistillation, Training, checked, flag
 
 __all__ = [
-    "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "Training",
-    "configure", "find", "names",
+    "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation", "Taught",
+    "Training", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -64,6 +65,21 @@ class Method(nn.Module, ABC):
     def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:
         """Pictures in [0, 1] that the report shows beside the views, by caption: what this method makes of a batch."""
         return {}
+
+
+class Taught(Method):
+    """A method whose student learns the prototypes that a teacher sees: each a `backbone` with one head or more."""
+
+    config: SelfDistillation
+    teacher: nn.ModuleDict
+
+    def encoder(self) -> nn.Module:
+        """The teacher's backbone: it is ahead of the student's."""
+        return cast(nn.Module, self.teacher["backbone"])
+
+    def chance(self) -> float:
+        """Where the student tells nothing apart: ln K."""
+        return math.log(self.config.prototypes)
 
 
 class Coupled(Method):

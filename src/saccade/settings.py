@@ -114,6 +114,24 @@ class MaskedDistillation(SelfDistillation):
     patch_weight: float = Field(1.0, ge=0, description="weight of the patches' loss beside the class token's")
 
 
+class SpreadDistillation(MaskedDistillation):
+    """What DINOv2 and DINOv3 share: heads for class token and patches, and embeddings that keep apart."""
+
+    global_scale: tuple[float, float] = Field((0.32, 1.0), description="area of a large crop, as parts of the picture")
+    local_scale: tuple[float, float] = Field((0.05, 0.32), description="area of a small crop")
+    drop_path: float = Field(0.3, ge=0, lt=1, description="how often each of the student's blocks is left out")
+    patch_embed_rate: float = Field(0.2, ge=0, le=1, description="the patch embedding's learning rate, as a part")
+    layer_scale: float = Field(1e-5, gt=0, description="factor of the residual branches at the start")
+    registers: int = Field(0, ge=0, description="register tokens; 4 in the models that have them")
+    patch_prototypes: int | None = Field(None, ge=2, description="width of the patches' own head; prototypes if unset")
+    bottleneck: int = Field(256, ge=1, description="width that is compared with prototypes")
+    queue: int = Field(0, ge=0, description="former large crops beside a step's in Sinkhorn-Knopp, of whole steps")
+    koleo_weight: float = Field(0.1, ge=0, description="weight of the loss that spreads embeddings apart")
+    koleo_group: int = Field(
+        16, ge=2, description="samples among which it looks for the nearest; divides a micro-batch"
+    )
+
+
 _WORD = "stands without a flag"
 Word = Annotated[str, _WORD]
 WordList = Annotated[tuple[str, ...], _WORD]

@@ -35,6 +35,9 @@ _SMALL: dict[str, dict[str, Any]] = {
         "assignment": "sinkhorn",
         "queue": 32,
     },
+    "dinov3": _DISTILLED
+    | {"lr": 0.001, "layer_scale": 0.5, "koleo_group": 4, "queue": 32, "warmup": 0.1, "steps": 8}
+    | {"anchor": 0.13, "gram": 0.25, "refresh": 0.125, "high": 0.88},
     "mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3},
     # with easy views: batches of 8 to 32 leave little to tell a picture by; lr as on a convnet, below
     "simclr": {

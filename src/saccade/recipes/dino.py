@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from jaxtyping import Float
@@ -46,7 +45,7 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     return augment.multi_crop(config, batch, draws, blurred=(1.0, 0.1, 0.5))
 
 
-class Method(recipe.Method):
+class Method(recipe.Taught):
     """Student and teacher, each a backbone with a head."""
 
     def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
@@ -57,14 +56,6 @@ class Method(recipe.Method):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(count))
         self.register_buffer("mean_logits", torch.zeros(count), persistent=False)
-
-    def encoder(self) -> nn.Module:
-        """The teacher's backbone: it is ahead of the student's."""
-        return self.teacher["backbone"]
-
-    def chance(self) -> float:
-        """Where the student tells nothing apart: ln K."""
-        return math.log(self.config.prototypes)
 
     def groups(self, t: float) -> list[optim.Group]:
         """Each tensor is clipped by itself, decay rises, and the prototypes stand still at first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 from jaxtyping import Float
@@ -50,12 +49,11 @@ def small_machine() -> Config:
 def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     """Two large crops [2B C S S] with what is hidden of them [2B N], small ones, and words for stochastic depth."""
     made = augment.multi_crop(config, batch, draws, blurred=(1.0, 0.1, 0.5))
-    strata = draws.step("masked").uniform(2).T.flatten()
-    hide = masking.block_masks(config, draws, strata, made["globals"], fill=False, smallest="ninth")
+    hide = masking.block_masks(config, draws, made["globals"], spread=False, fill=False, smallest="ninth")
     return made | {"hide": hide}
 
 
-class Method(recipe.Method):
+class Method(recipe.Taught):
     """Student and teacher, each a backbone with a head."""
 
     def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
@@ -66,14 +64,6 @@ class Method(recipe.Method):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("centres", torch.zeros(2, count))  # of class tokens, of patches
         self.register_buffer("mean_logits", torch.zeros(2, count), persistent=False)
-
-    def encoder(self) -> nn.Module:
-        """The teacher's backbone: it is ahead of the student's."""
-        return self.teacher["backbone"]
-
-    def chance(self) -> float:
-        """Where the student tells nothing apart: ln K."""
-        return math.log(self.config.prototypes)
 
     def groups(self, t: float) -> list[optim.Group]:
         """Each tensor is clipped by itself, decay rises, and the prototypes stand still at first."""
