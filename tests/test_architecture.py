@@ -195,7 +195,7 @@ def test_no_dead_knobs() -> None:
         declares = path.name in {"settings.py", "cli.py"}
         for node in ast.walk(TREES[path]):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                if not declares or isinstance(node.value, ast.Name) and node.value.id == "self":
+                if not declares or (isinstance(node.value, ast.Name) and node.value.id == "self"):
                     read.add(node.attr)
             elif isinstance(node, ast.arg) and not declares:
                 read.add(node.arg)
