@@ -174,6 +174,12 @@ def test_koleo_of_equal_samples_is_finite() -> None:
     assert found.item() == pytest.approx(-math.log(1e-8 * (1 + math.sqrt(8))), rel=1e-3) and x.grad.isfinite().all()
 
 
+def test_nobody_is_its_own_neighbour() -> None:
+    """Not even where the others are on the other side."""
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.1]]).double()
+    assert losses.koleo(x, 2).item() == pytest.approx(-math.log(2), abs=0.01)
+
+
 def test_groups_of_koleo_see_no_other() -> None:
     torch.manual_seed(0)
     x = torch.randn(16, 8).double()
