@@ -443,11 +443,11 @@ def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
     return "model_type" not in config or str(config["model_type"]) in kinds
 
 
-def _nearness(attempt: tuple[Recognised, str | None]) -> tuple[bool, bool, float]:
-    """All names fit, though something else does not; then those whose size could be read; then how many names fit."""
+def _nearness(attempt: tuple[Recognised, str | None]) -> tuple[bool, float]:
+    """Those whose size could be read first, then how many names fit."""
     names = attempt[0].names
     likeness = names.matched / max(1, names.matched + len(names.missing) + len(names.unexpected))
-    return likeness == 1, bool(attempt[0].config), likeness
+    return bool(attempt[0].config), likeness
 
 
 def _attempt(
@@ -465,6 +465,8 @@ def _attempt(
         size, switches = _geometry(family, given, config, called)
         expected = _expected(family, switches)
     except SaccadeError as error:
+        if error.path == "hidden_act":  # all but the activation is this family's
+            found = found._replace(config={"hidden_act": config["hidden_act"]})
         return found, f"{counts(names)}; {error.error}"
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return found, f"{counts(names)}; what tells its size is missing or of another shape"
