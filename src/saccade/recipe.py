@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class Taught(Method):
 
     def encoder(self) -> nn.Module:
         """The teacher's backbone: it is ahead of the student's."""
-        return cast(nn.Module, self.teacher["backbone"])
+        return self.teacher["backbone"]
 
     def chance(self) -> float:
         """Where the student tells nothing apart: ln K."""
