@@ -343,9 +343,15 @@ def test_models(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert all({"name", "family", "parameters", "licence", "data", "cached"} <= row.keys() for row in rows.values())
     assert main(["models", "vit-mea-base", "--json"]) == 2
     assert "did you mean 'facebook/vit-mae-base'" in json.loads(capsys.readouterr().out)["hint"]
+    assert main(["models", "zzz", "--json"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["hint"]) < 300, "families, not every name"
     assert main(["models", "--json"]) == 0
     every = json.loads(capsys.readouterr().out)["models"]
     assert {row["family"] for row in every} == set(published.families())
+    assert {row["name"] for row in every if not row["hub"]} >= {"ibot/vit-b/16", "resnet50-1x.pth"}
+    assert all(row["hub"] for row in every if row["name"].startswith("facebook/"))
+    assert main(["evaluate", "ibot/vit-b/16", str(tmp_path), "--json"]) == 2
+    assert "on their own server" in json.loads(capsys.readouterr().out)["hint"]
 
 
 def test_families_are_listed_without_torch() -> None:

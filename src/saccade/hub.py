@@ -97,9 +97,14 @@ def repository(name: str) -> str | None:
     return f"timm/{name}" if dot and architecture in timms else None
 
 
+def elsewhere() -> set[str]:
+    """What `saccade models` calls the sizes that no hub has: they lie on their authors' own servers."""
+    return {str(row["name"]) for row in published.listing() if not row["hub"]}
+
+
 def similar(name: str) -> str:
     """The hint for a name that nobody published: the nearest that somebody did."""
-    if name in _known():
+    if name in _known() or name in elsewhere():
         return "its authors publish it on their own server alone: download the file there and name it"
     hint = nearest(name, [one for one in _known() if ("/" in one) == ("/" in name)])
     return hint if hint.startswith("did you mean") else "`saccade models` lists the published names"
@@ -327,10 +332,12 @@ class _Source:
                 hint="nothing of it is kept; the same command fetches it again",
                 code=1,
             )
+        hint = "it is not in the cache either: look at the network and at HF_ENDPOINT"
+        meant = "" if self.name in _known() else similar(self.name)
         return SaccadeError(
             f"the hub {self.endpoint} cannot be reached ({reason})",
             path=self.name,
-            hint="it is not in the cache either: look at the network and at HF_ENDPOINT",
+            hint=f"{hint}; {meant}" if meant.startswith("did you mean") else hint,
             code=UNREACHABLE,
         )
 

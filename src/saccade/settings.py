@@ -176,6 +176,9 @@ class PretrainArguments(Settings):
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
 
 
+_SIZE = "side in pixels; the backbone's own if not given (DINOv2: 518, at which 224 is much quicker)"
+
+
 class EvaluateArguments(Settings):
     """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
 
@@ -186,7 +189,7 @@ class EvaluateArguments(Settings):
     tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="what to measure: any of these")
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
     patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
@@ -205,7 +208,7 @@ class EmbedArguments(Settings):
         None,
         description="what is kept of a picture: cls, mean, patches; cls, or mean where there is none, if not given",
     )
-    image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
     patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     workers: int = Field(0, ge=0, description="processes that read and decode")
@@ -237,9 +240,10 @@ class ModelsArguments(Settings):
 class ExportArguments(Settings):
     """Write a backbone for transformers, timm or onnxruntime, and compare what they make of it."""
 
-    backbone: Word = Field(description="run directory or checkpoint")
+    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
     to: Literal["hf", "timm", "onnx", "safetensors"] = Field(
-        description="hf: transformers' AutoModel; safetensors: the authors' own names, or saccade's"
+        description="hf: transformers' AutoModel; timm: its create_model; onnx: onnxruntime, without Python too; "
+        "safetensors: the tensors alone, by the authors' own names, or saccade's"
     )
     out: str = Field(description="new folder")
     int8: str | None = Field(

@@ -85,7 +85,8 @@ def load(
     for origin in origins(encoder.record):
         if origin.get("terms"):
             own = "" if encoder.record["family"] != "saccade" else f"{backbone} derives from "
-            about = [f"{origin['licence']}, {origin['terms']}", *filter(None, [origin.get("licence_url")])]
+            named = f"{origin['licence']}, " if origin["licence"] not in (None, "unknown") else ""
+            about = [f"{named}{origin['terms']}", *filter(None, [origin.get("licence_url")])]
             say(f"saccade: {own}{origin['family']} weights: {'; '.join(about)}")
     return encoder
 
@@ -449,7 +450,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _no_such(name: str, place: Path) -> SaccadeError:
-    if os.sep not in name and place.suffix not in (".safetensors", *PICKLES):
+    if name in hub.elsewhere() or (os.sep not in name and place.suffix not in (".safetensors", *PICKLES)):
         error = f"there is no backbone {name!r} here, and no published one of that name"
         return SaccadeError(error, path=name, hint=hub.similar(name))
     siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []

@@ -654,7 +654,7 @@ def _chosen(sizes: list[tuple[str, Any]], called: str) -> tuple[str | None, Any]
 
 def listing(pattern: str = "*") -> list[dict[str, Any]]:
     """The published checkpoints whose name or family has the pattern in it, * and ? allowed. Raises `SaccadeError`."""
-    from saccade.hub import cached
+    from saccade.hub import cached, repository
 
     found: list[dict[str, Any]] = [
         {
@@ -666,6 +666,7 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
             "terms": family.terms,
             "data": size.data or family.data,
             "figures": {**family.figures[name], "source": family.figures_source} if name in family.figures else {},
+            "hub": any("/" in one and repository(one) for one in size.names),
             "cached": any(map(cached, size.names)),
             "cached_names": list(filter(cached, size.names)),
         }
@@ -676,9 +677,11 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
         row for row in found if any(fnmatch(row[key].lower(), f"*{pattern.lower()}*") for key in ("name", "family"))
     ]
     if not wanted:
+        hint = nearest(pattern, [*families(), *(str(row["name"]) for row in found)])
+        everything = f"families: {', '.join(sorted(families()))}; without a pattern all are listed"
         raise SaccadeError(
             f"no published model is called {pattern!r}",
             path=pattern,
-            hint=nearest(pattern, [*families(), *(str(row["name"]) for row in found)]),
+            hint=hint if hint.startswith("did you mean") else everything,
         )
     return wanted
