@@ -24,11 +24,13 @@ from torch import Tensor
 
 from saccade import __version__, card, naming, published, weights
 from saccade.backbone import FAMILIES, family_of
+from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.naming import Target
 from saccade.settings import ExportArguments, checked
 from saccade.tensors import hash_of
+from saccade.vit import ViTConfig
 
 FARTHEST = 1e-4
 """The largest difference of a feature that an export may have."""
@@ -176,8 +178,8 @@ def _write(
 ) -> Written:
     """Weights under the target's names, and config.json with its facts and ours."""
     config, rules = encoder.backbone.config, naming.naming(target.page, target.naming)
-    nameless = set(rules.optional) & tensors.keys()
-    left_out = sorted((encoder.backbone.state_dict().keys() - tensors.keys() | nameless) - {"rope_embed.periods"})
+    unsaid = encoder.backbone.state_dict().keys() - tensors.keys() | published.without_name(rules, tensors)
+    left_out = sorted(unsaid - {"rope_embed.periods"})
     theirs = published.to_theirs(rules, tensors, rules.prefixes[0]) | naming.dense(target)
     path = folder / weights.WEIGHTS
     save_file({name: tensor.contiguous().clone() for name, tensor in theirs.items()}, path, metadata={"format": "pt"})
@@ -258,8 +260,10 @@ def _check(encoder: Encoder, folder: Path, to: str, written: Written) -> dict[st
     pictures = _pictures(encoder)
     wanted = _features(encoder, pictures)
     normed = encoder.backbone.normalise(pictures)
-    read = _by_transformers if library == "transformers" else _by_timm
-    found, plain = read(encoder, folder, target, normed)
+    if library == "transformers":
+        found, plain = _by_transformers(encoder, folder, target, normed)
+    else:
+        found, plain = _by_timm(encoder, folder, normed)
     checked = {"by": _version(library), "max_abs_difference": max(ours, _farthest(wanted, found))}
     return checked if plain is None else {**checked, "unrounded": _farthest(wanted, plain)}
 
@@ -313,7 +317,8 @@ def _by_transformers(
 
 
 def _rounded(encoder: Encoder) -> bool:
-    return bool(getattr(encoder.backbone.config, "rope_rounded", False))
+    config = encoder.backbone.config
+    return isinstance(config, ViTConfig) and config.position == "rope" and config.rope_rounded
 
 
 def _said_by_transformers(encoder: Encoder, model: Any, target: Target, images: Tensor) -> dict[str, Tensor]:
@@ -333,9 +338,7 @@ def _said_by_transformers(encoder: Encoder, model: Any, target: Target, images: 
     return found
 
 
-def _by_timm(
-    encoder: Encoder, folder: Path, target: Target, images: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+def _by_timm(encoder: Encoder, folder: Path, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """What timm makes of it; where RoPE's periods are rounded, with rounded ones and with its own."""
     library: Any = importlib.import_module("timm")
     model = library.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -344,8 +347,10 @@ def _by_timm(
         with torch.inference_mode():
             tokens = model.forward_features(images)
             pooled = model.forward_head(tokens, pre_logits=True)
-        tokens = tokens.flatten(2).transpose(1, 2) if target.page in ("resnet", "convnext") else tokens
-        return {**_split(encoder, tokens), "pooled": pooled}
+            if not isinstance(encoder.backbone, Convnet):
+                return {**_split(encoder, tokens), "pooled": pooled}
+            cells = model.head.norm(tokens) if encoder.backbone.config.cls else tokens
+        return {"patches": cells.flatten(2).transpose(1, 2), "pooled": pooled}
 
     plain = said()
     if not _rounded(encoder):
