@@ -419,7 +419,7 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None, called: s
             path=called,
             hint=f"name the file or its folder so that it says which: {signs}",
         )
-    found, reason = max(attempts, key=lambda attempt: (bool(attempt[0].config), _likeness(attempt[0].names)))
+    found, reason = max(attempts, key=_nearness)
     names = found.names
     if not names.matched:
         raise SaccadeError(
@@ -449,8 +449,11 @@ def _may_be(family: Family, config: Mapping[str, Any]) -> bool:
     return "model_type" not in config or str(config["model_type"]) in kinds
 
 
-def _likeness(names: Sorted) -> float:
-    return names.matched / max(1, names.matched + len(names.missing) + len(names.unexpected))
+def _nearness(attempt: tuple[Recognised, str | None]) -> tuple[bool, float]:
+    """Those whose size could be read first, then how many names fit."""
+    names = attempt[0].names
+    likeness = names.matched / max(1, names.matched + len(names.missing) + len(names.unexpected))
+    return bool(attempt[0].config), likeness
 
 
 def _attempt(
@@ -468,6 +471,8 @@ def _attempt(
         size, switches = _geometry(family, given, config, called)
         expected = _expected(family, switches)
     except SaccadeError as error:
+        if error.path == "hidden_act":  # all but the activation is this family's
+            found = found._replace(config={"hidden_act": config["hidden_act"]})
         return found, f"{counts(names)}; {error.error}"
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return found, f"{counts(names)}; what tells its size is missing or of another shape"
