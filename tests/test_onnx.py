@@ -23,10 +23,11 @@ from saccade.embed import embed
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
+from saccade.initial import load_state
 from saccade.onnx import check, files, quantise, write, writing
 from saccade.onnx.int8 import agreement
 from saccade.vit import Features, ViTConfig
-from saccade.weights import load, load_state, save_backbone
+from saccade.weights import load, save_backbone
 
 TINY = {"depth": 1, "width": 24, "heads": 2, "hidden": 32, "image_size": 32}
 QUICK: dict[str, tuple[str, dict[str, Any]]] = {

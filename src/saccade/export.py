@@ -28,6 +28,7 @@ from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.naming import Target
+from saccade.provenance import terms_of, travelling
 from saccade.settings import ExportArguments, checked
 from saccade.tensors import hash_of
 from saccade.vit import ViTConfig
@@ -35,8 +36,6 @@ from saccade.vit import ViTConfig
 FARTHEST = 1e-4
 """The largest difference of a feature that an export may have."""
 _PROCESSOR = "preprocessor_config.json"
-_LEFT_OUT = ("path", "naming", "matched", "missing", "unexpected", "reshaped", "ignored", "hash")
-"""What a record says of the file that was read, not of the weights."""
 
 
 class Written(NamedTuple):
@@ -88,7 +87,7 @@ def export(
             notes.append(_int8_note(smaller))
         card.write(folder, encoder, arguments.to, place.name, hash_of(written.weights), notes)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    terms = card.terms_of(encoder.record)
+    terms = terms_of(encoder.record)
     return {
         "out": str(place),
         "to": arguments.to,
@@ -147,7 +146,7 @@ def _write_safetensors(encoder: Encoder, folder: Path) -> Written:
     """The names that a family is known by, its authors' where they are known; a run's are ours."""
     known = published.families().get(str(encoder.record["family"]))
     if known is None:
-        weights.save_backbone(folder, encoder.backbone, _provenance(encoder))
+        weights.save_backbone(folder, encoder.backbone, travelling(encoder.record))
         return Written(folder / weights.WEIGHTS, (), [], None)
     target = Target(known.name, known.name, next(iter(known.namings)), {})
     return _write(encoder, folder, target, {}, _state(encoder))
@@ -190,19 +189,11 @@ def _write(
         "naming": target.naming,
         "config": config.model_dump(mode="json"),
         "preprocess": {name: getattr(prepare, name) for name in prepare.__dataclass_fields__},
-        "record": _provenance(encoder),
+        "record": travelling(encoder.record),
         "version": __version__,
     }
     (folder / weights.CONFIG).write_text(_json({**facts, weights.EXPORTED: ours}), encoding="utf-8")
     return Written(path, target.notes, left_out, target)
-
-
-def _provenance(encoder: Encoder) -> dict[str, Any]:
-    """The record that goes along: without paths of this machine, and without what was true of one file only."""
-    kept = {name: value for name, value in encoder.record.items() if name not in _LEFT_OUT}
-    if isinstance(kept.get("initial"), Mapping):
-        kept["initial"] = {name: value for name, value in kept["initial"].items() if name != "path"}
-    return {**kept, "exported_from": encoder.record.get("hash")}
 
 
 def _json(content: Mapping[str, Any]) -> str:
@@ -243,7 +234,7 @@ def _pretrained(encoder: Encoder) -> dict[str, Any]:
         "mean": list(config.mean),
         "std": list(config.std),
         "num_classes": 0,
-        "license": card.terms_of(encoder.record)["licence"],
+        "license": terms_of(encoder.record)["licence"],
     }
 
 

@@ -24,6 +24,7 @@ from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.onnx.files import FORMAT, MODEL, needed, session
+from saccade.provenance import travelling
 from saccade.vit import Features, ViT, ViTConfig
 
 OPSET = 18
@@ -218,13 +219,10 @@ def _quiet() -> Iterator[None]:
 
 def _metadata(encoder: Encoder) -> dict[str, str]:
     """What the file says of itself: all of it for `saccade.load`, and in plain words what a reader looks for."""
-    record = {name: value for name, value in encoder.record.items() if name != "path"}  # of this machine
-    if isinstance(record.get("initial"), dict):
-        record["initial"] = {name: value for name, value in record["initial"].items() if name != "path"}
     said = {
         "format": FORMAT,
         family_of(encoder.backbone): encoder.backbone.config.model_dump(mode="json"),
-        "record": {**record, "exported_from": encoder.record.get("hash")},
+        "record": travelling(encoder.record),
         "preprocess": dataclasses.asdict(encoder.preprocess),
     }
     words = {name: encoder.record.get(name) for name in ("family", "arch", "licence", "licence_url", "terms")}

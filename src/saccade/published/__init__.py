@@ -482,7 +482,10 @@ def _attempt(
         if given[key] != expected[key]
     ]
     once: set[str] = set()
-    doubled = [name for ours, theirs, _ in names.found if once & set(ours) or once.update(ours) for name in theirs]
+    doubled: list[str] = []
+    for ours, theirs, _ in names.found:
+        doubled += theirs if once & set(ours) else []
+        once |= set(ours)
     lacking = _in_their_names(naming, naming.needed(expected.keys() - given.keys()), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
