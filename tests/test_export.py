@@ -440,6 +440,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         export(tmp_path / "run", to="safetensors", out=tmp_path / "deep" / "out")
     assert not list((tmp_path / "deep").iterdir())
+    with pytest.raises(SaccadeError, match="cannot be made"):
+        export(tmp_path / "run", to="safetensors", out=tmp_path / "mine" / "notes.txt" / "out")
     with pytest.raises(SaccadeError, match="hf"):
         export(tmp_path / "run", to="hff", out=tmp_path / "out")
 

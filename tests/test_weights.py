@@ -179,3 +179,11 @@ def test_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     tensors = load_file(saved / "backbone" / "model.safetensors")
     save_file(tensors, tmp_path / "x.safetensors")  # without config.json beside it
     assert "not a whole encoder" in str(refusal(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("content", [b"junk", b"hello, this is a letter", b"\x80\x02}q\x00", b""])
+def test_what_is_no_pickle_at_all_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(SaccadeError, match="nothing of it was run or loaded") as caught:
+        weights.load(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)

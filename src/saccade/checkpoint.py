@@ -57,12 +57,14 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _no_such(name: str, place: Path) -> SaccadeError:
+    siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
+    beside = nearest(place.name, siblings[:1000]) if 0 < len(siblings) <= 1000 else f"look at {place.parent}"
     if os.sep not in name and place.suffix not in (".safetensors", *PICKLES):
         error = f"there is no backbone {name!r} here, and no published one of that name"
-        return SaccadeError(error, path=name, hint=hub.similar(name))
-    siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
-    hint = nearest(place.name, siblings[:1000]) if 0 < len(siblings) <= 1000 else f"look at {place.parent}"
-    return SaccadeError(f"there is no backbone {place}", path=place, hint=hint if len(hint) < 300 else None)
+        published = hub.similar(name)
+        here = beside.startswith("did you mean") and not published.startswith("did you mean")
+        return SaccadeError(error, path=name, hint=beside if here else published)
+    return SaccadeError(f"there is no backbone {place}", path=place, hint=beside if len(beside) < 300 else None)
 
 
 def config_of(path: Path) -> dict[str, Any]:

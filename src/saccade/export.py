@@ -105,8 +105,12 @@ def export(
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
     """A folder that gets its name when all is done, and is gone when it is not."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SaccadeError(f"{place} cannot be made: {reason}", path=place, hint="name another --out") from None
     try:
         yield folder
         mask = os.umask(0)

@@ -217,6 +217,7 @@ class _Source:
 
     def _lacking(self, what: str) -> SaccadeError:
         hint = "load it once with a network, and without HF_HUB_OFFLINE"
+        hint = hint if self.name in _known() else f"{similar(self.name)}; or {hint}"
         return SaccadeError(f"{what} is not in the cache {cache()}; {self.offline}", path=self.name, hint=hint)
 
     def _in_cache(self, name: str, revision: str) -> str | object | None:
