@@ -23,10 +23,11 @@ from saccade.embed import embed
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
+from saccade.initial import load_state
 from saccade.onnx import check, files, quantise, write, writing
 from saccade.onnx.int8 import agreement
-from saccade.vit import Features
-from saccade.weights import load, load_state, save_backbone
+from saccade.vit import Features, ViTConfig
+from saccade.weights import load, save_backbone
 
 TINY = {"depth": 1, "width": 24, "heads": 2, "hidden": 32, "image_size": 32}
 QUICK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,6 +41,7 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("vit-ti/8", {**TINY, "cls": False, "pooling": "map", "activation": "gelu_tanh"}),
     "mae": ("vit-ti/8", {**TINY, "pooling": "mean"}),
     "registers": ("vit-ti/8", {**TINY, "position_antialias": True, "registers": 2}),
+    "naflex": ("vit-ti/8", {**TINY, "position_antialias": True, "position_linear": True}),
     "both": ("vit-ti/8", {**TINY, "position_antialias": True, "position_offset": 0.1}),
     "clip": ("vit-ti/8", {**TINY, "pre_norm": True, "activation": "gelu_quick", "patch_bias": False}),
     "swiglu": ("vit-ti/8", {**TINY, "position": "rope", "activation": "swiglu"}),
@@ -330,16 +332,18 @@ def anonymous(named: dict[str, torch.Tensor]) -> Any:
     return helper.make_model(helper.make_graph(nodes, "g", [vector], [vector], stored))
 
 
-def test_the_matrices_of_resizing_are_torchs() -> None:
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_the_matrices_of_resizing_are_torchs(linear: bool, antialias: bool) -> None:
     table = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0))
-    for antialias in (False, True):
-        for to in ((3, 9), (6, 5), (11, 2)):
-            down, across = (
-                writing._resizing(n, side, 0.0, antialias, torch.tensor(False))
-                for n, side in zip(to, (6, 5), strict=True)
-            )
-            wanted = nn.functional.interpolate(table, size=to, mode="bicubic", antialias=antialias)
-            torch.testing.assert_close(down @ table @ across.T, wanted, atol=1e-5, rtol=0)
+    config = ViTConfig(position_linear=linear, position_antialias=antialias)
+    for to in ((3, 9), (6, 5), (11, 2)):
+        down, across = (
+            writing._resizing(n, side, config, torch.tensor(False)) for n, side in zip(to, (6, 5), strict=True)
+        )
+        mode = "bilinear" if linear else "bicubic"
+        wanted = nn.functional.interpolate(table, size=to, mode=mode, antialias=antialias)
+        torch.testing.assert_close(down @ table @ across.T, wanted, atol=1e-5, rtol=0)
 
 
 class Colours(Source):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saccade import backbone, errors, published, vit, weights
+from saccade import backbone, errors, initial, published, vit, weights
 from saccade.cli import main
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
@@ -321,14 +321,14 @@ def test_training_goes_on_from_mae(tmp_path: Path, oracle: Any) -> None:
     model.save_pretrained(tmp_path / "fixed")
     encoder = weights.load(tmp_path / "fixed")
     sizes = {"width": 32, "depth": 2, "hidden": 64}
-    switches = {"position": "sincos", **sizes, **weights.switches(encoder)}
+    switches = {"position": "sincos", **sizes, **initial.switches(encoder)}
     network = backbone.build("vit-ti/8", image_size=48, **switches)
-    record = weights.load_state(network, encoder)
+    record = initial.load_state(network, encoder)
     assert record["family"] == "mae" and record["licence"] == "CC-BY-NC-4.0"
     images = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(network(images).patches, encoder(images).patches, rtol=0, atol=1e-4)
     with pytest.raises(SaccadeError, match="pos_embed"):
-        weights.load_state(network, weights.load(tmp_path / "learned"))
+        initial.load_state(network, weights.load(tmp_path / "learned"))
 
 
 def test_models(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

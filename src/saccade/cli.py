@@ -274,7 +274,8 @@ def _place(name: str, unknown: list[str], flags: list[str], torn: list[str] | No
     for word in unknown:
         if word.startswith("-"):
             wrong = word.partition("=")[0].replace("_", "-")
-            raise SaccadeError(f"{name} has no setting {wrong}", path=wrong, hint=nearest(wrong, flags))
+            hint = nearest(wrong, flags) if flags else f"see saccade {name} --help"
+            raise SaccadeError(f"{name} has no setting {wrong}", path=wrong, hint=hint)
         if torn is None:
             raise SaccadeError(f"{name} has no place for {word!r}", path=word, hint=f"see saccade {name} --help")
         torn.append(word)

@@ -59,12 +59,12 @@ def _complete(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if (folder / SHARDS).is_file():
-        names = _shards(folder / SHARDS)
+        names = shards(folder / SHARDS)
         return names if all((folder / name).is_file() for name in names) else []
     return [PICKLE] if (folder / PICKLE).is_file() else []
 
 
-def _shards(index: Path) -> list[str]:
+def shards(index: Path) -> list[str]:
     """The files that an index of shards names; none where it is no such index."""
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -194,7 +194,7 @@ class _Source:
         names = [first]
         if first == SHARDS:
             index = self._get(SHARDS, commit)
-            names = _shards(index) if index else []
+            names = shards(index) if index else []
             if not names:
                 raise SaccadeError(f"{SHARDS} of {self.name} names no files of tensors", path=self.name)
         hashes = {name: self._checked(name, self._get(name, commit)) for name in names}
@@ -222,6 +222,7 @@ class _Source:
 
     def _lacking(self, what: str) -> SaccadeError:
         hint = "load it once with a network, and without HF_HUB_OFFLINE"
+        hint = hint if self.name in _known() else f"{similar(self.name)}; or {hint}"
         return SaccadeError(f"{what} is not in the cache {cache()}; {self.offline}", path=self.name, hint=hint)
 
     def _in_cache(self, name: str, revision: str) -> str | object | None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from saccade import backbone as backbones
-from saccade import distributed, weights
+from saccade import distributed, initial, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
 from saccade.optim import AdamW, Group, default_groups
+from saccade.provenance import origins
 from saccade.recipe import Coupled, Method, Recipe, Training
 from saccade.settings import PretrainArguments
 
@@ -23,13 +24,13 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         start = weights.load(init, channels=config.channels) if init else None
-        switches = config.backbone() | (weights.switches(start) if start else {})
+        switches = config.backbone() | (initial.switches(start) if start else {})
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
         record = {"weights": "random", "seed": config.seed}
         if start:
-            record = {**weights.load_state(backbone, start), "derived_from": weights.origins(start.record)}
+            record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}
         method = page.method(config, backbone, {})
-        return method, record | (weights.load_decoder(method, backbone, start) if start else {})
+        return method, record | (initial.load_decoder(method, backbone, start) if start else {})
 
 
 def precision_of(asked: str, device: torch.device) -> torch.dtype:

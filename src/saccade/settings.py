@@ -141,6 +141,9 @@ LENGTHS = ("steps", "epochs", "minutes")
 """The settings that say how long a run is; exactly one counts."""
 
 
+BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published name (name@revision pins it)"
+
+
 class PretrainArguments(Settings):
     """Learn a representation from unlabelled pictures."""
 
@@ -154,7 +157,7 @@ class PretrainArguments(Settings):
         None, description="labelled folder: ten times a part held out of its train side, and its test side at the end"
     )
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    init: str | None = Field(None, description="backbone to start from: a run, a checkpoint or a published name")
+    init: str | None = Field(None, description=f"backbone to start from: {BACKBONE}")
     workers: int | None = Field(
         None, ge=0, description="processes that read and decode; chosen from the cores if not given"
     )
@@ -182,7 +185,7 @@ _SIZE = "side in pixels; the backbone's own if not given (DINOv2: 518, at which 
 class EvaluateArguments(Settings):
     """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
 
-    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
+    backbone: Word = Field(description=BACKBONE)
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
     )
@@ -201,7 +204,7 @@ class EvaluateArguments(Settings):
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
-    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
+    backbone: Word = Field(description=BACKBONE)
     data: WordList = Field(min_length=1, description="folders, list files or tar shards")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
@@ -240,7 +243,7 @@ class ModelsArguments(Settings):
 class ExportArguments(Settings):
     """Write a backbone for transformers, timm or onnxruntime, and compare what they make of it."""
 
-    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
+    backbone: Word = Field(description=BACKBONE)
     to: Literal["hf", "timm", "onnx", "safetensors"] = Field(
         description="hf: transformers' AutoModel; timm: its create_model; onnx: onnxruntime, without Python too; "
         "safetensors: the tensors alone, by the authors' own names, or saccade's"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -43,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\x03\x04")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError) as error:
+    except Exception as error:  # what is damaged breaks the reader anywhere: struct.error, AttributeError, …
         raise _refused_pickle(path, f"{error}".strip()) from None
     if not isinstance(content, Mapping):
         raise SaccadeError(f"{path} holds a {type(content).__name__}, not tensors by name", path=path)
@@ -102,9 +101,11 @@ def _refused_pickle(path: Path, reason: str) -> SaccadeError:
     """Why torch's restricted reader stopped, in one line: the name of what is neither tensor nor plain container."""
     words = reason.split()
     named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("GLOBAL", "global")), None)
-    what = f"holds {named}, neither tensor nor plain container" if named else "the restricted reader cannot read"
+    what = (
+        f"a pickle that holds {named}, neither tensor nor plain container" if named else "no readable file of tensors"
+    )
     return SaccadeError(
-        f"{path} is a pickle that {what}: nothing of it was run or loaded",
+        f"{path} is {what}: nothing of it was run or loaded",
         path=path,
         hint="ask for safetensors, or for a file that holds the state dict alone",
     )

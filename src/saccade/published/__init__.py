@@ -315,11 +315,17 @@ def _stacked(naming: Naming, tensors: dict[str, Any]) -> dict[str, Any]:
     return result | {name: torch.stack([every[n] for n in sorted(every)]) for name, every in layers.items()}
 
 
+def without_name(naming: Naming, ours: Iterable[str]) -> set[str]:
+    """Those of our names that `to_theirs` leaves out, or refuses."""
+    every = set(ours)
+    found, _ = _apply([_parts(rule) for rule in naming.rules], every)
+    return every - {name for named, _, _ in found for name in named}
+
+
 def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
     """Our tensors by their names, bit for bit what `to_ours` was given. Raises `SaccadeError` for what has no name."""
     found, _ = _apply([_parts(rule) for rule in naming.rules], set(tensors))
-    known = {name for ours, _, _ in found for name in ours}
-    if nameless := sorted(naming.needed(tensors.keys() - known)):
+    if nameless := sorted(naming.needed(without_name(naming, tensors))):
         raise SaccadeError(f"this naming has no place for {', '.join(nameless[:3])}", path=nameless[0])
     result: dict[str, Any] = {}
     for ours, theirs, way in found:
@@ -476,7 +482,10 @@ def _attempt(
         if given[key] != expected[key]
     ]
     once: set[str] = set()
-    doubled = [name for ours, theirs, _ in names.found if once & set(ours) or once.update(ours) for name in theirs]
+    doubled: list[str] = []
+    for ours, theirs, _ in names.found:
+        doubled += theirs if once & set(ours) else []
+        once |= set(ours)
     lacking = _in_their_names(naming, naming.needed(expected.keys() - given.keys()), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
