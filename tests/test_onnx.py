@@ -222,7 +222,7 @@ def test_a_graph_of_others_is_fed_as_it_declares(tmp_path: Path, last: bool) -> 
         features = encoder(pictures)
         torch.testing.assert_close(encoder.embedding(features), wanted)
         assert features.patches.shape == (2, 0, 6) and encoder.backbone.config.width == 6
-    assert encoder.record["family"] == "onnx" and encoder.record["licence"] is None
+    assert encoder.record["family"] == "onnx" and encoder.record["licence"] == "unknown"
 
 
 def test_floats_need_a_word_on_their_normalisation(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\x03\x04")
     except Exception as error:  # what is damaged breaks the reader anywhere: struct.error, AttributeError, …
-        raise _refused_pickle(path, f"{error}".strip()) from None
+        raise _refused_pickle(path, start, f"{error}".strip()) from None
     if not isinstance(content, Mapping):
         raise SaccadeError(f"{path} holds a {type(content).__name__}, not tensors by name", path=path)
     return _flat(content)
@@ -97,13 +97,13 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _refused_pickle(path: Path, reason: str) -> SaccadeError:
+def _refused_pickle(path: Path, start: bytes, reason: str) -> SaccadeError:
     """Why torch's restricted reader stopped, in one line: the name of what is neither tensor nor plain container."""
     words = reason.split()
     named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("GLOBAL", "global")), None)
-    what = (
-        f"a pickle that holds {named}, neither tensor nor plain container" if named else "no readable file of tensors"
-    )
+    what = "a pickle that the restricted reader cannot read" if _is_pickle(start) else "no readable file of tensors"
+    if named:
+        what = f"a pickle that holds {named}, neither tensor nor plain container"
     return SaccadeError(
         f"{path} is {what}: nothing of it was run or loaded",
         path=path,
@@ -111,9 +111,14 @@ def _refused_pickle(path: Path, reason: str) -> SaccadeError:
     )
 
 
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file starts as a pickle does, or as the archive that torch puts one into."""
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
+
+
 def _safe(path: Path, start: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises `SaccadeError` for a pickle of that name and for a damaged file."""
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+    if _is_pickle(start):
         raise SaccadeError(
             f"{path} is named safetensors but is a pickle, which can run code when it is opened: it was not",
             path=path,
