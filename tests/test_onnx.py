@@ -367,8 +367,7 @@ def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path,
     assert found["file"] == "model_int8.onnx" and 0.5 < found["overlap"] < 1 and 0 < found["top1"] <= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model_int8.onnx"]
     assert len(set(pictures.read)) == len(pictures.read)  # what calibrates does not judge
-    calibration = 64 if kind == "conv" else 0
-    assert found["pictures"] == {"gate": 170 - calibration, "calibration": calibration}
+    assert found["pictures"] == {"gate": 106, "calibration": 64} and found["kept"] == "nothing"
     assert {"fp32", "int8", "ratio"} == found["images_per_second"].keys()
     again = load(tmp_path / "model_int8.onnx")
     assert again.record["int8"]["overlap"] == found["overlap"] and again.record["recipe"] == kind
@@ -383,9 +382,9 @@ def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path,
 def test_int8_that_loses_neighbours_is_not_written(written: Any, tmp_path: Path) -> None:
     shutil.copy(written("rope")[1] / "model.onnx", tmp_path)
     with pytest.raises(SaccadeError, match=r"keeps \d\d\.\d% of the 10 nearest neighbours, and 100% are asked"):
-        quantise(tmp_path, Colours(100), least=1.0)
-    with pytest.raises(SaccadeError, match="99 pictures are too few"):
-        quantise(tmp_path, Colours(99))
+        quantise(tmp_path, Colours(164), least=1.0)
+    with pytest.raises(SaccadeError, match="163 pictures are too few"):
+        quantise(tmp_path, Colours(163))
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
