@@ -83,16 +83,16 @@ def quantise(
 
 def _written(place: Path, new: Path, encoder: Encoder, batches: Iterable[Tensor]) -> Iterator[str]:
     """Writes `new` in one way after the other, the fastest first, and says what stayed float32."""
-    prepared = _prepared(place, new)
+    graph_file = prepared(place, new.parent)
     config = encoder.backbone.config
     if not isinstance(config, ViTConfig):
-        _static(prepared, new, batches)
+        _static(graph_file, new, batches)
         yield "nothing"
         return
-    found = matrices(opened(prepared).graph, config)
-    seen = look(prepared, found, batches)
+    found = matrices(opened(graph_file).graph, config)
+    seen = look(graph_file, found, batches)
     for kept, chosen in schemes(found).items():
-        quantise_matrices(prepared, new, chosen, seen)
+        quantise_matrices(graph_file, new, chosen, seen)
         yield kept
 
 
@@ -108,7 +108,7 @@ def _beside(place: Path) -> Iterator[Path]:
             logging.disable(level)
 
 
-def _static(prepared: Path, new: Path, batches: Iterable[Tensor]) -> None:
+def _static(graph_file: Path, new: Path, batches: Iterable[Tensor]) -> None:
     """A convnet's weights with a scale for each output, activations by the ranges that were seen on pictures."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -126,18 +126,18 @@ def _static(prepared: Path, new: Path, batches: Iterable[Tensor]) -> None:
 
     operators = ["Conv", "MatMul", "Gemm", "Add", "MaxPool"]
     quantize_static(
-        prepared, new, _Pictures(), quant_format=QuantFormat.QDQ, per_channel=True,
+        graph_file, new, _Pictures(), quant_format=QuantFormat.QDQ, per_channel=True,
         weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8, op_types_to_quantize=operators,
     )  # fmt: skip
 
 
-def _prepared(place: Path, new: Path) -> Path:
-    """The graph with constants folded, so that every weight is one."""
+def prepared(place: Path, folder: Path) -> Path:
+    """The graph with constants folded, so that every weight is one, as a file in the folder."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = new.with_name("prepared.onnx")
-    quant_pre_process(str(place), str(prepared), skip_symbolic_shape=True)
-    return prepared
+    graph_file = folder / "prepared.onnx"
+    quant_pre_process(str(place), str(graph_file), skip_symbolic_shape=True)
+    return graph_file
 
 
 def _sign(new: Path, place: Path, found: dict[str, Any]) -> None:
