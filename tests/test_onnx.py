@@ -25,7 +25,8 @@ from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.initial import load_state
 from saccade.onnx import check, files, quantise, write, writing
-from saccade.onnx.int8 import agreement
+from saccade.onnx import matrices as int8_matrices
+from saccade.onnx.int8 import agreement, prepared
 from saccade.vit import Features, ViTConfig
 from saccade.weights import load, save_backbone
 
@@ -371,8 +372,7 @@ def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path,
     assert found["file"] == "model_int8.onnx" and 0.5 < found["overlap"] < 1 and 0 < found["top1"] <= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model_int8.onnx"]
     assert len(set(pictures.read)) == len(pictures.read)  # what calibrates does not judge
-    calibration = 64 if kind == "conv" else 0
-    assert found["pictures"] == {"gate": 170 - calibration, "calibration": calibration}
+    assert found["pictures"] == {"gate": 106, "calibration": 64} and found["kept"] == "nothing"
     assert {"fp32", "int8", "ratio"} == found["images_per_second"].keys()
     again = load(tmp_path / "model_int8.onnx")
     assert again.record["int8"]["overlap"] == found["overlap"] and again.record["recipe"] == kind
@@ -387,10 +387,44 @@ def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path,
 def test_int8_that_loses_neighbours_is_not_written(written: Any, tmp_path: Path) -> None:
     shutil.copy(written("rope")[1] / "model.onnx", tmp_path)
     with pytest.raises(SaccadeError, match=r"keeps \d\d\.\d% of the 10 nearest neighbours, and 100% are asked"):
-        quantise(tmp_path, Colours(100), least=1.0)
-    with pytest.raises(SaccadeError, match="99 pictures are too few"):
-        quantise(tmp_path, Colours(99))
+        quantise(tmp_path, Colours(164), least=1.0)
+    with pytest.raises(SaccadeError, match="163 pictures are too few"):
+        quantise(tmp_path, Colours(163))
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_activations_are_scaled_and_nothing_changes(written: Any, tmp_path: Path) -> None:
+    """Before anything is rounded the network is the same, and every channel of a norm has about the same range."""
+    encoder, folder = written("rope")
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    graph_file = prepared(folder / "model.onnx", tmp_path)
+    model = onnx.load(graph_file)
+    found = int8_matrices.matrices(model.graph, encoder.backbone.config)
+    assert len(found) == sum(isinstance(part, nn.Linear) for part in encoder.backbone.blocks.modules())
+    seen = int8_matrices.look(graph_file, found, [images])
+    scales = int8_matrices._smooth(model.graph, found, seen)
+    onnx.save(model, graph_file)
+    before, after = (
+        files.session(file).run(None, {"images": images.numpy()}) for file in (folder / "model.onnx", graph_file)
+    )
+    assert max(np.abs(a - b).max() for a, b in zip(before, after, strict=True)) < 1e-5
+    norms = [one for one in found if one.reads in scales and one.shape[0] < one.shape[1]]
+    assert norms and all(
+        (seen[one.reads].largest / scales[one.reads]).log().std() < 0.8 * seen[one.reads].largest.log().std()
+        for one in norms
+    )
+
+
+def test_rounding_minds_what_the_matrix_meets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(500, 8, generator=generator) @ torch.randn(8, 150, generator=generator)  # few directions
+    weight = torch.randn(150, 20, generator=generator)
+    steps = weight.abs().amax(0) / 127
+    rounded = int8_matrices._round(weight, steps, tokens.T @ tokens)
+    nearest = (weight / steps).round()
+    assert rounded.dtype == torch.int8
+    worse, better = ((tokens @ (whole * steps - weight)).square().mean() for whole in (nearest, rounded))
+    assert better < worse / 10
 
 
 def test_agreement_counts_neighbours() -> None:

@@ -165,7 +165,8 @@ def _int8_note(found: Mapping[str, Any]) -> str:
     speed = found["images_per_second"]["ratio"]
     return (
         f"the int8 copy finds {100 * found['overlap']:.1f} % of the 10 nearest neighbours that float32 finds, the same"
-        f" nearest one in {100 * found['top1']:.1f} %, at {speed:.2f} times its speed on the machine that wrote it"
+        f" nearest one in {100 * found['top1']:.1f} %, at {speed:.2f} times its speed on the machine that wrote it;"
+        f" float32 in it beside the patch embedding: {found['kept']}"
     )
 
 

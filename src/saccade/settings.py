@@ -250,7 +250,7 @@ class ExportArguments(Settings):
     )
     out: str = Field(description="new folder")
     int8: str | None = Field(
-        None, description="onnx: an int8 copy too, if it finds the same neighbours among these pictures (100 or more)"
+        None, description="onnx: an int8 copy too, if it finds the same neighbours among these pictures (164 or more)"
     )
 
     @model_validator(mode="after")
