@@ -1,6 +1,7 @@
 """Every published size against another library's network of that size, every tensor of it redrawn: docs/parity.md.
 
     python benchmarks/parity.py [FAMILY ...] --out docs/parity.md [--work DIRECTORY] [--again] [--seconds N]
+    python benchmarks/parity.py --seconds 0 --out docs/parity.md --join ONE.md OTHER.md --missing "why"
 
 FAMILY may be a pattern (`dino*`), or FAMILY/SIZE. A row is written when it is measured; the same command goes on with
 those that are not there. A row: transformers builds its network from a config, all parameters and statistics are drawn
@@ -445,7 +446,7 @@ def measured(job: Job, work: Path) -> dict[str, str]:
     unpatched = {name: max(apart(got[name], features).values()) for name, features in plain.items()}
     row["unpatched"] = ", ".join(f"{name} {number(value)}" for name, value in unpatched.items()) or "-"
     smallest = min(size.parameters for size in job.family.sizes.values())
-    modest = job.narrow or job.size.parameters in (smallest,) or job.size.parameters < SMALL
+    modest = job.narrow or job.size.parameters == smallest or job.size.parameters < SMALL
     mutated = job.narrow or job.size.parameters == smallest or job.size.parameters < SMALL / 3
     row["mutations seen"] = (
         mutations(job, encoder, place, pictures["small"], wanted["small"]) if mutated else "at the smallest size"
@@ -617,11 +618,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where folders are written")
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after so long")
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="tables of other processes, to take rows from")
     parser.add_argument("--missing", default="not reached", help="why rows are missing")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     print(machine(), flush=True)
     start = time.monotonic()
+    joined = {key: row for table in [arguments.out, *arguments.join] for key, row in read_rows(table).items()}
+    arguments.out.write_text(page(joined, arguments.missing), encoding="utf-8")
     for job in chosen(arguments.families):
         if not arguments.again and key_of(job) in read_rows(arguments.out):
             continue
@@ -639,7 +643,6 @@ def main() -> None:
         arguments.out.write_text(page(rows, arguments.missing), encoding="utf-8")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(*key_of(job), f"{time.monotonic() - began:.0f} s, {peak:.1f} GiB", json.dumps(row), flush=True)
-    arguments.out.write_text(page(read_rows(arguments.out), arguments.missing), encoding="utf-8")
 
 
 if __name__ == "__main__":
