@@ -61,6 +61,7 @@ RESNETS = ("dino-resnet", "swav", "barlow-twins", "vicreg", "simclr", "mocov3-re
 OURS_ONLY |= dict.fromkeys(
     RESNETS, "transformers has no such checkpoint: ResNetModel, written under torchvision's names by hand"
 )
+STANDS_IN = ", which stands in (below)"
 UNPATCHED = {
     "dino": "resizes positions to exactly n cells, the authors by (n + 0.1) / N",
     "ibot": "as DINO",
@@ -558,6 +559,8 @@ def page(rows: Mapping[tuple[str, str], Mapping[str, str]], missing: str) -> str
         row = rows.get(key_of(job)) or {"oracle": "not run here", "native": f"({missing})"}
         whole = {"family": job.family.name, "size": job.title, "published as": ", ".join(job.size.names) or "-", **row}
         whole.setdefault("parameters", f"{job.size.parameters:,}")
+        if job.family.name in OURS_ONLY and key_of(job) in rows:
+            whole["oracle"] = f"{whole['oracle'].removesuffix(STANDS_IN)}{STANDS_IN}"
         lines.append(f"| {' | '.join(whole.get(column, '-') for column in COLUMNS)} |")
     lines += ["", "## Why an oracle is told to do as the authors do", ""]
     lines += [f"- **{name}**: transformers {reason}." for name, reason in UNPATCHED.items()]
