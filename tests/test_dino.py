@@ -361,3 +361,10 @@ def test_wrong_settings_are_named() -> None:
     views = seen(4, method.config)
     with pytest.raises(SaccadeError, match="divisible by patch 4"):
         method(views, torch.tensor(0.0))
+
+
+def test_a_small_crop_that_patches_do_not_divide_is_named() -> None:
+    page, config = recipe.configure("dino:small_machine", {"local_size": 20})
+    with pytest.raises(SaccadeError, match="size 20 is not divisible by patch 8") as caught:
+        model.build(page, config, None)
+    assert caught.value.path == "--local-size"

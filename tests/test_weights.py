@@ -187,3 +187,16 @@ def test_what_is_no_pickle_at_all_is_refused_in_one_line(content: bytes, tmp_pat
     with pytest.raises(SaccadeError, match="nothing of it was run or loaded") as caught:
         weights.load(tmp_path / "x.pth")
     assert "\n" not in str(caught.value)
+
+
+def test_one_picture_without_a_batch_axis_is_told(saved: Path) -> None:
+    encoder = weights.load(saved)
+    with pytest.raises(SaccadeError, match=r"reads batches.*encoder\(picture\[None\]\)"):
+        encoder(torch.zeros(3, 16, 16))
+
+
+def test_init_of_another_architecture_names_the_right_one(saved: Path) -> None:
+    encoder = weights.load(saved)
+    encoder.record["arch"] = "vit-ti/4"
+    with pytest.raises(SaccadeError, match="it is vit-ti/4: give --arch"):
+        initial.load_state(tiny(depth=1), encoder)

@@ -16,7 +16,7 @@ from saccade.errors import SaccadeError
 from saccade.optim import AdamW, Group, default_groups
 from saccade.provenance import origins
 from saccade.recipe import Coupled, Method, Recipe, Training
-from saccade.settings import PretrainArguments
+from saccade.settings import PretrainArguments, flag
 
 
 def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dict[str, Any]]:
@@ -26,6 +26,11 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
         start = weights.load(init, channels=config.channels) if init else None
         switches = config.backbone() | (initial.switches(start) if start else {})
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
+        for name, side in config.sides().items():
+            try:
+                _ = backbone.config.model_copy(update={"image_size": side}).grid
+            except SaccadeError as error:
+                raise SaccadeError(error.error, path=flag(name), hint=error.hint) from None
         record = {"weights": "random", "seed": config.seed}
         if start:
             record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}

@@ -57,6 +57,10 @@ class Training(Settings):
         low = self.min_lr / self.peak()
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (t - self.warmup) / max(1 - self.warmup, 1e-12)))
 
+    def sides(self) -> dict[str, int]:
+        """The sides of what the backbone sees in training, by the setting that says them."""
+        return {"image_size": self.image_size}
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None
@@ -78,6 +82,10 @@ class MultiCrop(Training):
     grey: float = Field(0.2, ge=0, le=1, description="how often a view loses its colour")
     blur: float = Field(1.0, ge=0, le=1, description="how often views are blurred, as a part of the method's rates")
     solarise: float = Field(0.2, ge=0, le=1, description="how often the second large crop is solarised")
+
+    def sides(self) -> dict[str, int]:
+        """The sides of large and of small crops."""
+        return {"image_size": self.image_size} | ({"local_size": self.local_size} if self.local_crops else {})
 
     def canvas(self) -> int:
         """The smallest crop of a square picture still has a pixel for each of its own."""

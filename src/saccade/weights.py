@@ -69,7 +69,7 @@ def load(
     published name, on the CPU.
 
     A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
-    `preprocess` makes, the native size if None; `channels` and `patch` are others than the encoder was trained with
+    `preprocess` makes, the family's own if None; `channels` and `patch` are others than the encoder was trained with
     (`resize` says how that is done). `bands`: which of `channels` are red, green and blue, from 0; the others are not
     looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use that are not free are said
     on stderr; `encoder.record` says what it is (`provenance.KEYS`). Raises `SaccadeError` for what does not exist, is
@@ -167,9 +167,10 @@ def _finish(
         network, facts = changed, {"size": last.image_size, "mean": list(last.mean), "std": list(last.std)}
         record = record | facts | {"asked": asked, "reshaped": sorted({*record.get("reshaped", []), *reshaped})}
     record |= resize.said(before, config, other, image_size)
-    size, seen = config.image_size if image_size is None else image_size, config.channels
+    usual = prepared.side if prepared is not None and prepared.side is not None else config.image_size
+    size, seen = usual if image_size is None else image_size, config.channels
     preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
-    return Encoder(network, record, image_size, preprocess).eval()
+    return Encoder(network, record, size, preprocess).eval()
 
 
 def _load_exported(

@@ -134,15 +134,16 @@ class ConvnetSize:
 
 @dataclass(frozen=True)
 class Prepared:
-    """How a family prepares a picture: short side to `resize`/`crop` of the native size, then the centre.
+    """How a family prepares a picture: short side to `resize`/`crop` of the size, then the centre.
 
-    `square`: both sides to the native size instead, whatever the aspect.
+    `square`: both sides to the size instead, whatever the aspect. `side`: the size, where it is not the native one.
     """
 
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     square: bool = False
+    side: int | None = None
 
 
 @dataclass(frozen=True)
