@@ -293,6 +293,7 @@ def test_what_is_written_for_timm(case: str, tmp_path: Path) -> None:
     encoder = weights.load(_run(tmp_path / "run", network))
     result = export(tmp_path / "run", to="timm", out=tmp_path / "out")
     assert result["checked"]["by"].startswith("timm" if TIMM else "saccade")
+    assert ("timm was not there to read it" in " ".join(result["notes"])) is not bool(TIMM)
     assert result["checked"]["max_abs_difference"] < 1e-5
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["architecture"] == architecture and said["num_features"] == 32 and said["num_classes"] == 0
