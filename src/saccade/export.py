@@ -1,7 +1,7 @@
 """`saccade export`: an encoder as a folder that transformers, timm or onnxruntime reads, or as plain safetensors.
 
-Everything is written beside the final name, loaded again by the library it is for where that is installed, and compared;
-only what says the same features gets the name.
+Everything is written beside the final name, loaded again by the library it is for where that is installed, and
+compared; only what says the same features gets the name.
 """
 
 from __future__ import annotations
