@@ -63,8 +63,9 @@ def drawn(kind: str) -> Encoder:
     arch, switches = (QUICK | SLOW)[kind]
     network = backbone.build(arch, **switches)
     generator = torch.Generator().manual_seed(0)
+    formula = {"pos_embed"} if str(switches.get("position", "")).startswith("sincos") else set()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if not tensor.is_floating_point() or name in ("mean", "std") or name.endswith("periods"):
+        if name in formula or not tensor.is_floating_point() or name in ("mean", "std") or name.endswith("periods"):
             continue
         matrix = tensor.ndim > 1 and name != "pos_embed"
         spread = tensor[0].numel() ** -0.5 if matrix else 0.3
@@ -95,7 +96,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[E
 def test_onnxruntime_gives_the_same_features(written: Any, kind: str) -> None:
     """Slow: torch takes seconds for an export, whatever the size of the network."""
     encoder, folder = written(kind)
-    assert check(encoder, folder) < 1e-5
+    assert check(encoder, folder) < (3e-5 if kind == "conv" else 1e-5)  # its last map is far from 1
     graph = onnx.load(folder / "model.onnx").graph
     operators = {node.op_type for inner in files._graphs(graph) for node in inner.node}
     assert not operators & {"If", "Loop", "Scan", "Resize"}
