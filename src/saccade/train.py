@@ -74,7 +74,7 @@ class Pretraining:
         if "revision" in began:  # a published name may mean another commit by now
             self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
-        self.watch = Watch(page, arguments, self.source, self.run, ranks)
+        self.watch = Watch(arguments, self.source, self.run, ranks)
         self.stage = -1
         self.delivered: Tensor | None = None
         self.model: Model
@@ -279,7 +279,7 @@ class Pretraining:
                 scores = self.watch.examine(encoder)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
-            shown = report.shown_by(self.page, self.model.config, self.source, tensors)
+            shown = report.shown_by(self.model.page, self.model.config, self.source, tensors)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
 
     def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
