@@ -61,7 +61,7 @@ class Model:
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.method, self.initial = build(page, config, arguments.init)
-        self.page = replace(page, switches=self.initial.pop("switches"))
+        self.page = replace(page, switches=self.initial.pop("switches", {}))
         self.method.to(ranks.device)
         if arguments.compile:
             self.method.compile()
