@@ -112,7 +112,7 @@ def test_many_channels_and_no_small_crops() -> None:
         seen(4, configure(channels=13))
     config = configure(channels=13, colour=0, grey=0, local_crops=0)
     views = seen(4, config)
-    assert views.keys() == {"globals", "drop", "stretch"} and views["globals"].shape == (8, 13, 16, 16)
+    assert views.keys() == {"globals", "drop"} and views["globals"].shape == (8, 13, 16, 16)
     loss, _ = build(config)(views, torch.tensor(0.0))
     assert loss.isfinite()
 
