@@ -13,7 +13,7 @@ from saccade import hub, published, resize
 from saccade.backbone import Backbone
 from saccade.checkpoint import config_of, find
 from saccade.encoder import Encoder
-from saccade.errors import SaccadeError, say
+from saccade.errors import say
 from saccade.hub import CONFIG
 from saccade.tensors import read_tensors
 from saccade.vit import Attention, sincos
@@ -47,16 +47,9 @@ def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
     Channels, patches and positions that are others are made to fit, recorded and said on stderr. Raises `SaccadeError`
     when names or shapes differ otherwise.
     """
-    path, tensors = Path(encoder.record["path"]), resize.fitted(encoder.backbone, network)
-    if unlike := differences(network.state_dict(), tensors):
-        size = str(encoder.record.get("arch") or "")
-        hint = (
-            f"it is {size}: give --arch and --image-size to match"
-            if size
-            else "give the --arch that it was trained with"
-        )
-        raise SaccadeError(f"{path} is a checkpoint of another architecture: {unlike}", path=path, hint=hint)
-    into(network, tensors, path)
+    size = str(encoder.record.get("arch") or "")
+    hint = f"it is {size}: give --arch and --image-size to match" if size else "give the --arch that it was made with"
+    into(network, resize.fitted(encoder.backbone, network), Path(encoder.record["path"]), hint)
     found = resize.said(encoder.backbone.config, network.config)
     record = encoder.record | found
     for name in ("channels", "patch"):

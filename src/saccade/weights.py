@@ -307,13 +307,18 @@ def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]
     return read_tensors(path), digest
 
 
-def into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies tensors into a backbone. Raises `SaccadeError` when names or shapes differ."""
+def into(
+    network: Backbone,
+    tensors: dict[str, Tensor],
+    path: Path,
+    hint: str = "give the --arch and --image-size that it was trained with",
+) -> None:
+    """Copies tensors into a backbone. Raises `SaccadeError` with this hint when names or shapes differ."""
     if unlike := differences(network.state_dict(), tensors):
         raise SaccadeError(
             f"{path} is a checkpoint of another architecture: {unlike}",
             path=path,
-            hint="give the --arch and --image-size that it was trained with",
+            hint=hint,
         )
     network.load_state_dict(tensors)
 
