@@ -187,7 +187,7 @@ class PretrainArguments(Settings):
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
 
 
-_SIZE = "side in pixels; the backbone's own if not given (DINOv2: 518, at which 224 is much quicker)"
+_SIZE = "side in pixels; the family's own if not given"
 
 
 class EvaluateArguments(Settings):
