@@ -23,8 +23,8 @@ from toys import RECIPES, SOURCES, small, source
 from toys.sources import Toy
 
 import saccade.recipes
-from saccade import backbone, cli, convnet, distributed, recipe, vit
-from saccade.data import Batch, Sample, Source, collate
+from saccade import backbone, cli, convnet, distributed, reading, recipe, vit
+from saccade.data import Batch, Sample, Source, Tokenize, collate
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
 from saccade.optim import default_groups
@@ -47,6 +47,7 @@ class Case:
     config: Any
     source: Toy
     settings: dict[str, Any]
+    tokenize: Tokenize | None = None
 
     def method(self) -> recipe.Method:
         torch.manual_seed(0)
@@ -61,7 +62,8 @@ class Case:
         return self.recipe.method(config, network, {})
 
     def batch(self, places: range = range(8), step: int = 3, seen: int = 0) -> Batch:
-        return collate([self.source[place] for place in places], [seen] * len(places), list(places))
+        samples = [self.source[place] for place in places]
+        return collate(samples, [seen] * len(places), list(places), self.tokenize)
 
     def views(self, batch: Batch, seed: int = 0, step: int = 3) -> Batch:
         draws = Draws(seed, step, batch["key"], batch["seen"], batch["place"])
@@ -78,7 +80,11 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     name = request.param
     settings = small(name)
     page, config = recipe.configure(name.partition("-")[0], settings)
-    return Case(name, page, config, source(name), {**settings, "log_every": 1})
+    data, tokenize = source(name), None
+    if isinstance(config, recipe.Worded):
+        tokenizer = reading.tokenizer_for(data, config)
+        config, tokenize = reading.fitted(config, tokenizer), reading.Reading(tokenizer, config.length)
+    return Case(name, page, config, data, {**settings, "log_every": 1}, tokenize)
 
 
 ZERO = torch.tensor(0.25)
@@ -168,7 +174,7 @@ def test_every_knob_is_read(case: Case) -> None:
     own = {
         name
         for name in vars(case.recipe.config)["__annotations__"]
-        if name not in recipe.SpreadDistillation.model_fields
+        if name not in (*recipe.SpreadDistillation.model_fields, *recipe.Worded.model_fields)
     }
     assert own <= read, "dead knobs"
     assert all(field.description for field in case.recipe.config.model_fields.values())

@@ -76,7 +76,10 @@ def test_collate_pads_right_and_below(dtype, t, c):
 def test_collate_texts():
     samples = [Sample("a", texts=("ünï", "two")), Sample("b", texts=("",)), Sample("c", texts=("a longer text",))]
     batch = collate(samples, seen=[0, 5, 1])
-    assert batch.keys() == {"text", "text_length", "key", "seen", "place"} and batch["text"].dtype == torch.uint8
+    assert (
+        batch.keys() == {"text", "text_length", "text_key", "key", "seen", "place"}
+        and batch["text"].dtype == torch.uint8
+    )
     texts = [bytes(row[:n].tolist()).decode() for row, n in zip(batch["text"], batch["text_length"], strict=True)]
     assert texts == ["ünï", "", "a longer text"] and batch["text"][0, 5:].sum() == 0
     assert collate(samples, seen=[1, 0, 0])["text_length"].tolist()[0] == 3, "another visit, another text"

@@ -141,7 +141,8 @@ def test_shards(shard):
     assert keys(source) == ["s.tar/cats/1.png", "s.tar/cats/2.png", "s.tar/3.jpg.png"]
     assert [value(source, index) for index in range(3)] == [1, 2, 3]
     assert [source.label(index) for index in range(3)] == ["7", "cats", "dog"]
-    assert [source[index].texts for index in range(3)] == [("a cat",), (), ()]
+    assert [source[index].texts for index in range(3)] == [(), (), ()]
+    assert open_source(shard, texts=True)[0].texts == ("a cat",)
     assert source.group(2) == "g" and source[2].metadata["age"] == 3 and source.origin(0) == str(shard)
     assert source.content(1) == picture(2) and source.size(1) == len(picture(2))
 
@@ -215,7 +216,7 @@ def test_mixture(tmp_path):
         ({"x.bin": b""}, "x.bin", "neither a list nor a tar", "name a folder"),
         ({"l.txt": b"\n\n"}, "l.txt", "names no pictures", "one path a line"),
         ({"l.txt": b"a.png\n"}, "l.txt", "names files that do not exist, first 'a.png'", "relative to"),
-        ({"l.csv": b"file,label\nx.png,1\n"}, "l.csv", "has no column `path`, only file, label", "rename"),
+        ({"l.csv": b"files,label\nx.png,1\n"}, "l.csv", "has no column `path`, only files, label", "rename"),
         ({"l.csv": b""}, "l.csv", "is empty", "names the columns"),
         ({"l.csv": b"path,label\nx.png\n"}, "l.csv", "line 2 of .* has 1 cells", ""),
         ({"s.tar": b"\x1f\x8b" + bytes(600)}, "s.tar", "cannot read the tar", "compressed"),

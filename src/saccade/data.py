@@ -16,7 +16,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from blake3 import blake3
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -36,8 +36,13 @@ CANVAS_LIMIT = 1 << 33
 
 Batch = dict[str, Tensor]
 """Tensors by name. `collate` makes: pixels [B T C H W], size [B 2] (height and width that are picture, not padding),
-key [B] (hashed sample keys), seen [B], place [B] (position in the global batch), and text [B L] (UTF-8 bytes, zero
-padded) with text_length [B] where samples carry text. A recipe's `views` turns these into what its `forward` reads."""
+key [B] (hashed sample keys), seen [B], place [B] (position in the global batch); where samples carry text also
+text_key [B] (hashed texts) and text [B L]: tokens, or UTF-8 bytes, zero padded, with text_length [B].
+A recipe's `views` turns these into what its `forward` reads."""
+
+
+Tokenize = Callable[[list[str]], Int[Tensor, "b l"]]
+"""Texts to rows of tokens, all of one length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,14 @@ class Source(ABC):
         """The folder, list or shard it comes from."""
         return ""
 
+    def words(self, index: int) -> tuple[bytes, ...]:
+        """Its texts as they lie on disk, whatever is wrong with them."""
+        return tuple(text.encode() for text in self[index].texts)
+
+    def orphans(self) -> Iterator[str]:
+        """Texts whose picture is not there, by name."""
+        return iter(())
+
     def parts(self) -> tuple[list[int], list[float] | None]:
         """Sizes of the sources mixed here, in the order of their samples, and their weights: what `Order` takes."""
         return [len(self)], None
@@ -139,11 +152,27 @@ def common_kind(source: Source, probes: int = 9) -> Kind:
     return votes.most_common(1)[0][0]
 
 
-def collate(samples: Sequence[Sample], seen: Sequence[int] | None = None, places: Sequence[int] | None = None) -> Batch:
-    """Samples to a batch: pictures padded with zeros right and below to the largest, texts as UTF-8 bytes.
+def caption(sample: Sample, seen: int, seed: int = 0) -> str:
+    """The text of a sample that a visit shows: n visits show each of n texts once, every n of them in another order."""
+    count = len(sample.texts)
+    if count == 1:
+        return sample.texts[0]
+    turn, place = divmod(seen, count)
+    return sample.texts[Permutation(count, "caption", seed, sample.key, turn)(place)]
 
-    `seen` are the visit counts (0 if None), which also choose among several texts of a sample; `places` are positions
-    in the global batch. Pictures keep their HWC memory. Raises `SaccadeError` for samples of different kinds.
+
+def collate(
+    samples: Sequence[Sample],
+    seen: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
+    tokenize: Tokenize | None = None,
+    seed: int = 0,
+) -> Batch:
+    """Samples to a batch: pictures padded with zeros right and below to the largest, texts as tokens or UTF-8 bytes.
+
+    `seen` are the visit counts (0 if None), which with the `seed` also choose among several texts of a sample; `places`
+    are positions in the global batch. Pictures keep their HWC memory. Raises `SaccadeError` for samples of different
+    kinds.
     """
     kinds = [kind_of(sample) for sample in samples]
     odd = next((n for n, kind in enumerate(kinds) if kind != kinds[0]), None)
@@ -163,12 +192,17 @@ def collate(samples: Sequence[Sample], seen: Sequence[int] | None = None, places
     if kinds[0].dtype is not None:
         batch["pixels"], batch["size"] = _canvas([sample.pixels for sample in samples if sample.pixels is not None])
     if kinds[0].text:
-        texts = [sample.texts[visit % len(sample.texts)].encode() for sample, visit in zip(samples, seen, strict=True)]
-        batch["text_length"] = torch.tensor([len(text) for text in texts], dtype=torch.int64)
-        batch["text"] = torch.zeros(len(texts), max(1, max(map(len, texts))), dtype=torch.uint8)
-        for row, text in zip(batch["text"], texts, strict=True):
-            row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else 0
+        texts = [caption(sample, visit, seed) for sample, visit in zip(samples, seen, strict=True)]
+        batch["text_key"] = torch.tensor([hash64(" ".join(text.split()).casefold()) for text in texts])
+        batch |= _as_bytes(texts) if tokenize is None else {"text": tokenize(texts)}
     return batch
+
+
+def _as_bytes(texts: list[str]) -> Batch:
+    """Texts as rows of bytes, and how many each has."""
+    rows = [torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8) for text in texts]
+    length = torch.tensor([len(text.encode()) for text in texts], dtype=torch.int64)
+    return {"text": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), "text_length": length}
 
 
 def _canvas(pictures: list[Shaped[Tensor, "t c _ _"]]) -> tuple[Shaped[Tensor, "b t c h w"], Shaped[Tensor, "b 2"]]:
@@ -221,8 +255,10 @@ class Reader(Dataset[Any]):
 
     _ATTEMPTS = 32
 
-    def __init__(self, source: Source, order: Order, kind: Kind, batch: int, share: int):
-        self._source, self._order, self._kind = source, order, kind
+    def __init__(
+        self, source: Source, order: Order, kind: Kind, batch: int, share: int, tokenize: Tokenize | None = None
+    ):
+        self._source, self._order, self._kind, self._tokenize = source, order, kind, tokenize
         self._batch, self._share = batch, share  # of all ranks, and of one micro-batch over all ranks
 
     def read(self, position: int) -> tuple[Sample, int, list[Failure]]:
@@ -255,7 +291,8 @@ class Reader(Dataset[Any]):
         """A micro-batch. An error is returned, not raised: the DataLoader would bury it in a worker's traceback."""
         try:
             samples, seen, failures = zip(*map(self.read, positions), strict=True)
-            batch = collate(samples, seen, [position % self._batch for position in positions])
+            places = [position % self._batch for position in positions]
+            batch = collate(samples, seen, places, self._tokenize, self._order.seed)
         except SaccadeError as error:
             return error
         step, place = divmod(positions[0], self._batch)
@@ -333,14 +370,16 @@ def loader(
     world: int = 1,
     workers: int = 0,
     pin: bool = False,
+    tokenize: Tokenize | None = None,
 ) -> Iterator[Delivery]:
     """This rank's micro-batches of the steps [first_step, last_step), in order; the same for any number of workers.
 
+    The workers also `tokenize`; without, texts come as bytes.
     Raises `SaccadeError` for a batch that cannot be divided and for data that cannot be read.
     """
     keep_memory()
     positions = MicroBatches(first_step, last_step, batch, accumulate, rank, world)
-    reader = Reader(source, order, common_kind(source), batch, batch // accumulate)
+    reader = Reader(source, order, common_kind(source), batch, batch // accumulate, tokenize)
     deliveries = DataLoader(
         reader,
         batch_sampler=positions,

@@ -25,7 +25,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -160,6 +160,30 @@ def gather(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "n ..."]:
     return _Gather.apply(rows)
 
 
+class Passing:
+    """Tensors on their way to the rank before, while those of the rank after come in; alone, they stay.
+
+    After as many passings as there are ranks everything is where it was. Without gradient.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        self._arriving, self._works = [tensor.contiguous() for tensor in tensors], []
+        if world() == 1:
+            return
+        self._leaving, self._arriving = self._arriving, [torch.empty_like(tensor) for tensor in self._arriving]
+        before, after = (rank() - 1) % world(), (rank() + 1) % world()
+        self._works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, tensor, before) for tensor in self._leaving]
+            + [dist.P2POp(dist.irecv, tensor, after) for tensor in self._arriving]
+        )
+
+    def arrived(self) -> list[Tensor]:
+        """What the rank after has sent."""
+        for work in self._works:
+            work.wait()
+        return self._arriving
+
+
 def rank() -> int:
     """Which rank this is."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -227,6 +251,12 @@ def wrap(method: nn.Module, ranks: Ranks, sharding: str, units: tuple[type[nn.Mo
         return DistributedDataParallel(
             method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+
+
+def unshard(wrapped: nn.Module) -> None:
+    """Gathers the parameters that a sharded method holds itself, outside its units, to be read before its forward."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.unshard()
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class Model:
         self.method.after_step(now)
         return sums
 
-    def _forward(self, views: Batch, now: Tensor, *more: Tensor, last: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def _forward(self, views: Batch, now: Tensor, *more: Any, last: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss; ranks exchange gradients behind the last of a step."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             self.wrapped.require_backward_grad_sync = last
@@ -122,6 +122,7 @@ class Model:
     def _replay(self, parts: list[Batch], now: Tensor) -> dict[str, Tensor]:
         """Gradients of one loss over several batches: embeddings first, then each batch again with its gradient.
 
+        Those of parameters that the loss itself reads (a temperature) go with the last batch, behind which ranks meet.
         Batch norm inside the network takes the statistics of each part, both times the same.
         """
         method = cast(Coupled, self.method)
@@ -132,11 +133,18 @@ class Model:
             for buffer, before in buffers:  # running statistics follow the second pass alone
                 buffer.copy_(before)
         embeddings = torch.cat(found).requires_grad_()
+        distributed.unshard(self.wrapped)
+        trained = {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
         with self._autocast():
-            loss, metrics = method.couple(embeddings, now)
-        gradients = torch.autograd.grad(self.scaler.scale(loss), embeddings)[0].split([len(part) for part in found])
-        for number, (views, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
-            self._forward(views, now, gradient, last=number == len(parts))[0].backward()
+            beside = {name: torch.cat([views[name] for views in parts]) for name in method.beside}
+            loss, metrics = method.couple(embeddings, now, **beside)
+        whole, *direct = torch.autograd.grad(
+            self.scaler.scale(loss), [embeddings, *trained.values()], allow_unused=True
+        )
+        own = {name: gradient for name, gradient in zip(trained, direct, strict=True) if gradient is not None}
+        for number, (views, gradient) in enumerate(zip(parts, whole.split([len(p) for p in found]), strict=True), 1):
+            last = number == len(parts)
+            self._forward(views, now, gradient, own if last else None, last=last)[0].backward()
         return {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
 
     def adopt(self, before: Model) -> None:

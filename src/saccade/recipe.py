@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,11 +22,21 @@ from torch import Tensor, nn
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
 from saccade.optim import Group
-from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, SpreadDistillation, Training, checked, flag
+from saccade.settings import (
+    LENGTHS,
+    MaskedDistillation,
+    SelfDistillation,
+    SpreadDistillation,
+    Training,
+    Worded,
+    checked,
+    flag,
+)
+from saccade.words import Words
 
 __all__ = [
     "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation", "Taught",
-    "Training", "configure", "find", "names",
+    "Training", "Worded", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -50,6 +60,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
+
+    def words(self) -> Words | None:
+        """What is learned of texts, which the run keeps beside its backbone; None where nothing is."""
+        return None
 
     def groups(self, t: float) -> list[Group] | None:
         """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
@@ -89,22 +103,33 @@ class Coupled(Method):
     replays each micro-batch with the gradient that its embeddings got (GradCache, arXiv 2101.06983): the same loss.
     """
 
+    beside: ClassVar[tuple[str, ...]] = ()
+    """What of a batch `couple` reads beside the embeddings, one row a sample."""
+
     @abstractmethod
     def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b ..."]:
         """What the loss compares, one row a sample."""
 
     @abstractmethod
-    def couple(self, embeddings: Float[Tensor, "b ..."], t: Float[Tensor, ""]) -> tuple[Tensor, dict[str, Tensor]]:
+    def couple(
+        self, embeddings: Float[Tensor, "b ..."], t: Float[Tensor, ""], **beside: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of these embeddings and those of the other ranks, and what is worth logging."""
 
     def forward(
-        self, batch: Batch, t: Float[Tensor, ""], gradient: Tensor | None = None
+        self, batch: Batch, t: Float[Tensor, ""], gradient: Tensor | None = None, own: dict[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss; with a `gradient`, what has that gradient at the embeddings, and the embeddings."""
+        """The loss; with a `gradient`, what has that gradient at the embeddings, and the embeddings.
+
+        `own` are gradients that the loss has at parameters themselves, by name, such as a temperature: what is returned
+        has those too. They pass through here because only so they are averaged over ranks like all others.
+        """
         embeddings = self.embed(batch, t)
         if gradient is None:
-            return self.couple(embeddings, t)
-        return (embeddings * gradient).sum(), {"embeddings": embeddings.detach()}
+            return self.couple(embeddings, t, **{name: batch[name] for name in self.beside})
+        parameters = dict(self.named_parameters()) if own else {}
+        terms = [(parameters[name] * direct).sum() for name, direct in (own or {}).items()]
+        return sum(terms, (embeddings * gradient).sum()), {"embeddings": embeddings.detach()}
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,10 @@ class Training(Settings):
         """The sides of what the backbone sees in training, by the setting that says them."""
         return {"image_size": self.image_size}
 
+    def texts(self) -> bool:
+        """Whether samples are read with their texts; one that has none then counts as unreadable."""
+        return False
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None
@@ -68,6 +72,24 @@ class Training(Settings):
     def backbone(self) -> dict[str, Any]:
         """Switches of the ViT that this recipe wants different from the default."""
         return {}
+
+
+class Worded(Training):
+    """What methods share that read the words of pictures."""
+
+    tokenizer: str | None = Field(
+        None, description="folder or file of the words' tokenizer; none: one is trained on the texts"
+    )
+    vocabulary: int = Field(8192, ge=516, description="words of a tokenizer that is trained; a given one has its own")
+    length: int = Field(64, ge=3, description="tokens of a text: longer ones are cut, shorter ones filled up")
+    text_width: int = Field(512, ge=1, description="width of a text's token")
+    text_depth: int = Field(12, ge=1, description="blocks of the text tower")
+    text_heads: int = Field(8, ge=1, description="attention heads of the text tower")
+    special: tuple[int, int, int] = Field((1, 2, 0), description="tokens of begin, end and padding; the tokenizer's")
+
+    def texts(self) -> bool:
+        """They do."""
+        return True
 
 
 class MultiCrop(Training):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade import distributed, report, weights
+from saccade import distributed, reading, report, weights
 from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
@@ -65,7 +65,8 @@ class Pretraining:
         canvases = [stage.canvas() for _, stage in page.stages(config)]
         short = None if None in canvases else max(side for side in canvases if side is not None)
         with ranks.agreed():
-            self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights)
+            self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights,
+                                      texts=config.texts())  # fmt: skip
             MicroBatches(0, 0, config.batch, config.accumulate, ranks.rank, ranks.world)  # can it be divided?
         sizes, shares = self.source.parts()
         self.order = Order(sizes, shares, config.seed)
@@ -74,6 +75,7 @@ class Pretraining:
         if "revision" in began:  # a published name may mean another commit by now
             self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
+        self.config, self.tokenize = reading.prepare(self.source, config, self.run, ranks)
         self.watch = Watch(arguments, self.source, self.run, ranks)
         self.stage = -1
         self.delivered: Tensor | None = None
@@ -101,9 +103,7 @@ class Pretraining:
         if self.config.steps is not None:
             return self.config.steps
         if self.config.epochs is None:
-            raise self.ranks.shared(
-                SaccadeError("how long?", path="--steps", hint="give --steps, --epochs or --minutes")
-            )
+            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint="or give --epochs or --minutes"))
         return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
 
     def _measure_steps(self) -> int:
@@ -143,9 +143,8 @@ class Pretraining:
                 self.model.scaler.load_state_dict(found[1]["scaler"])
             self.progress.say(f"going on at step {self.step} of {steps}")
         if save:
-            self.quarantine = Quarantine(
-                self.run.path / "quarantine.jsonl", self.arguments.max_unreadable, len(self.source)
-            )
+            place, share = self.run.path / "quarantine.jsonl", self.arguments.max_unreadable
+            self.quarantine = Quarantine(place, share, len(self.source))
             self._before = self.ranks.from_first(self._begin)
             self.watch.begin(self.model, steps, self.progress.say)
 
@@ -176,7 +175,7 @@ class Pretraining:
         return loader(
             self.source, self.order, first_step=first, last_step=last, batch=self.config.batch,
             accumulate=self.config.accumulate, rank=self.ranks.rank, world=self.ranks.world, workers=workers,
-            pin=self.ranks.device.type == "cuda",
+            pin=self.ranks.device.type == "cuda", tokenize=self.tokenize,
         )  # fmt: skip
 
     def _batches(self, deliveries: Iterator[Delivery], note: bool = False) -> Iterator[Batch]:
@@ -276,6 +275,7 @@ class Pretraining:
             if encoder is not None:
                 encoder.record["steps"] = self.steps
                 weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
+                reading.save(self.model.method, tensors, self.run, encoder.record)
                 scores = self.watch.examine(encoder)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from toys.sources import Bands, Clips, Pictures, Texts, Toy
+from toys.sources import Bands, Clips, Pairs, Pictures, Texts, Toy
 
 RECIPES = str(Path(__file__).parent / "recipes")
 """Add it to `saccade.recipes.__path__` and the toys are recipes like any other."""
 
 SOURCES: dict[str, type[Toy]] = {"bands": Bands, "clips": Clips, "texts": Texts}
+
+WORDED = ("clip", "siglip")
+"""Shipped recipes that read pictures with texts."""
+
+_WORDS: dict[str, Any] = {"vocabulary": 600, "length": 12, "text_width": 48, "text_depth": 2, "text_heads": 3}
 
 _DISTILLED: dict[str, Any] = {
     "local_crops": 2,
@@ -24,6 +29,8 @@ _DISTILLED: dict[str, Any] = {
 }
 
 _SMALL: dict[str, dict[str, Any]] = {
+    "clip": _WORDS | {"lr": 0.01, "warmup": 0.05},
+    "siglip": _WORDS | {"lr": 0.01, "warmup": 0.05, "min_scale": 0.5},
     "dino": _DISTILLED,
     "ibot": _DISTILLED,
     "dinov2": _DISTILLED
@@ -59,7 +66,8 @@ CONVNET = "resnet-10-half/8"
 
 def source(case: str) -> Toy:
     """Sixteen samples that the recipe can read: pictures, unless it is one of the toys."""
-    return SOURCES.get(case, Pictures)(16)
+    toy = Pairs if case.partition("-")[0] in WORDED else Pictures
+    return SOURCES.get(case, toy)(16)
 
 
 def small(case: str) -> dict[str, Any]:

@@ -60,6 +60,19 @@ class Clips(Toy):
         return Sample(f"clip {index}", smooth(generator, 4, 3, 24, 20 + index % 4).mul(255).round().to(torch.uint8))
 
 
+class Pairs(Toy):
+    """Pictures with texts: two of every four have the same one, every fourth has two."""
+
+    _WORDS = ("red", "green", "blue", "bright", "dark", "striped", "wavy", "calm")
+
+    def make(self, index: int, generator: torch.Generator) -> Sample:
+        pixels = smooth(generator, 1, 3, 34 + index % 5, 40 - index % 3).mul(255).round().to(torch.uint8)
+        number = index - 1 if index % 4 == 3 else index
+        words = [self._WORDS[number * step % 8] for step in (1, 3, 5)]
+        texts = [" ".join([*words, str(number)]), f"{words[0]} and {number}"]
+        return Sample(f"pair {index}", pixels, tuple(texts[: 1 + (index % 4 == 0)]), label=str(index % 2))
+
+
 class Texts(Toy):
     """Texts without pictures; some samples carry two."""
 

@@ -12,7 +12,7 @@ from saccade.data import Source
 from saccade.decode import EXTENSIONS
 from saccade.errors import SaccadeError
 from saccade.sources import listing
-from saccade.sources.files import Files
+from saccade.sources.files import Beside, Files
 from saccade.sources.folder import scan
 from saccade.sources.mixture import Mixture
 from saccade.sources.shards import Shards, open_shards
@@ -29,12 +29,15 @@ def open_source(
     channels: int = 3,
     weights: Sequence[float] | None = None,
     group_by: str | None = None,
+    texts: bool = False,
 ) -> Source:
-    """The samples of a folder, a list (.txt, .csv), tar shards (a tar, a folder of tars, a pattern), or several.
+    """The samples of a folder, a list, tar shards (a tar, a folder of tars, a pattern), or several.
 
+    Lists are .txt, .csv, .tsv, .jsonl or .parquet.
     `short_side` allows pictures to be shrunk at decoding as long as their short side keeps that many pixels; `channels`
     is 1 or 3; `weights` are the shares in which several sources are drawn (as many as they have samples, if None);
-    `group_by` is a pattern whose first parenthesis finds a sample's group in its key. Raises `SaccadeError`.
+    `group_by` is a pattern whose first parenthesis finds a sample's group in its key; with `texts` every sample
+    is a picture and its captions, and one without is unreadable. Raises `SaccadeError`.
     """
     if group_by is not None:
         try:
@@ -46,7 +49,9 @@ def open_source(
     several = [data] if isinstance(data, str | Path | Source) else list(data)
     if not several:
         raise SaccadeError("no data is named", hint="name a folder, a list or tar shards")
-    sources = [item if isinstance(item, Source) else _open(item, short_side, channels, group_by) for item in several]
+    sources = [
+        item if isinstance(item, Source) else _open(item, short_side, channels, group_by, texts) for item in several
+    ]
     if weights is not None:
         _check_weights(weights, len(sources))
     if len(sources) == 1:
@@ -69,7 +74,7 @@ def _names(sources: list[Source], several: Sequence[Data]) -> tuple[str, ...]:
     return tuple(name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names))
 
 
-def _open(data: str | Path, short_side: int | None, channels: int, group_by: str | None) -> Source:
+def _open(data: str | Path, short_side: int | None, channels: int, group_by: str | None, texts: bool) -> Source:
     if channels not in (1, 3):
         raise SaccadeError(f"picture files give 1 or 3 channels, not {channels}", path="channels", hint="--channels 3")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(data)):
@@ -80,34 +85,35 @@ def _open(data: str | Path, short_side: int | None, channels: int, group_by: str
         )
     path = Path(data).expanduser()
     if path.is_dir():
-        return _folder(path, short_side, channels, group_by)
+        return _folder(path, short_side, channels, group_by, texts)
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix in listing.EXTENSIONS:
-            keys, columns = listing.read_list(path)
-            return Files(str(path.parent), keys, columns, short_side, channels, group_by)
+            keys, columns, captions = listing.read_list(path, texts)
+            return Files(str(path.parent), keys, columns, short_side, channels, group_by, captions)
         if suffix == ".tar":
-            return open_shards([path], short_side, channels, group_by)
+            return open_shards([path], short_side, channels, group_by, texts)
         what = "one picture" if suffix[1:] in EXTENSIONS else "neither a list nor a tar"
         hint = (
             f"name its folder, {path.parent}"
             if suffix[1:] in EXTENSIONS
-            else "name a folder, a .txt or .csv list, or .tar"
+            else "name a folder, a list (.txt, .csv, .jsonl), or .tar"
         )
         raise SaccadeError(f"{path} is {what}", path=path, hint=hint)
     if path.exists():
         raise SaccadeError(f"{path} is neither a folder nor a file", path=path)
     if glob.has_magic(str(path)):
-        return _pattern(path, short_side, channels, group_by)
+        return _pattern(path, short_side, channels, group_by, texts)
     raise SaccadeError(f"there is no folder or file {path}", path=path, hint=_nearby(path))
 
 
-def _folder(path: Path, short_side: int | None, channels: int, group_by: str | None) -> Source:
+def _folder(path: Path, short_side: int | None, channels: int, group_by: str | None, texts: bool) -> Source:
     found = scan(path)
     if len(found.keys):
-        return Files(str(path), found.keys, {}, short_side, channels, group_by)
+        captions = Beside(str(path), found.keys) if texts else None
+        return Files(str(path), found.keys, {}, short_side, channels, group_by, captions)
     if found.others["tar"]:
-        return open_shards(sorted(path.rglob("*.tar")), short_side, channels, group_by)
+        return open_shards(sorted(path.rglob("*.tar")), short_side, channels, group_by, texts)
     seen = ", ".join(
         f"{count} .{name}" if name else f"{count} without extension" for name, count in found.others.most_common(5)
     )
@@ -116,7 +122,7 @@ def _folder(path: Path, short_side: int | None, channels: int, group_by: str | N
     raise SaccadeError(f"there are no pictures in {path}", path=path, hint=f"{hint}; read are {read} and .tar")
 
 
-def _pattern(path: Path, short_side: int | None, channels: int, group_by: str | None) -> Source:
+def _pattern(path: Path, short_side: int | None, channels: int, group_by: str | None, texts: bool) -> Source:
     tars = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
     if not tars:
         raise SaccadeError(f"nothing matches {path}", path=path)
@@ -125,7 +131,7 @@ def _pattern(path: Path, short_side: int | None, channels: int, group_by: str | 
         raise SaccadeError(
             f"a pattern names tar shards, but {path} matches {others[0]}", path=path, hint="end it in .tar"
         )
-    return open_shards(tars, short_side, channels, group_by)
+    return open_shards(tars, short_side, channels, group_by, texts)
 
 
 def _nearby(path: Path) -> str:

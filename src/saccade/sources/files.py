@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from saccade.data import Sample, Source
 from saccade.decode import FILE_LIMIT, decode
 from saccade.errors import Unreadable
+from saccade.sources.captions import READ, Column, usable
 from saccade.sources.strings import Strings
 
 
@@ -19,7 +20,8 @@ class Files(Source):
     """Files below `root`, named by their relative path with forward slashes.
 
     The label is the column of that name, else the folder directly above the file; the group is the column, else what
-    the first parenthesis (or the whole) of the pattern `group_by` finds in the key; `dataclasses.replace` sets it.
+    the first parenthesis (or the whole) of the pattern `group_by` finds in the key; `dataclasses.replace` sets it. With
+    `captions` a sample has texts, and one that has none cannot be read.
     """
 
     root: str
@@ -28,15 +30,17 @@ class Files(Source):
     short_side: int | None = None
     channels: int = 3
     group_by: str | None = None
+    captions: Beside | Column | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
         key = self.keys[index]
-        pixels = decode(self.content(index), key=key, short_side=self.short_side, channels=self.channels)
+        texts = () if self.captions is None else usable(key, self.words(index))
+        pixels = decode(self._picture(index), key=key, short_side=self.short_side, channels=self.channels)
         metadata = {name: column[index] for name, column in self.columns.items() if name not in ("label", "group")}
-        return Sample(key, pixels, (), self.label(index), self.group(index), metadata, self.root)
+        return Sample(key, pixels, texts, self.label(index), self.group(index), metadata, self.root)
 
     def key(self, index: int) -> str:
         return self.keys[index]
@@ -54,7 +58,16 @@ class Files(Source):
     def origin(self, index: int) -> str:
         return self.root
 
+    def words(self, index: int) -> tuple[bytes, ...]:
+        return () if self.captions is None else self.captions(index)
+
+    def orphans(self) -> Iterator[str]:
+        return iter(()) if self.captions is None else self.captions.orphans()
+
     def content(self, index: int) -> bytes:
+        return b"\0".join([self._picture(index), *self.words(index)])
+
+    def _picture(self, index: int) -> bytes:
         key = self.keys[index]
         return read(os.path.join(self.root, key), key)
 
@@ -64,6 +77,36 @@ class Files(Source):
             return os.stat(os.path.join(self.root, key)).st_size
         except OSError as error:
             raise Unreadable(key, error.strerror or str(error)) from None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A picture's text in the file of its name that ends in .txt."""
+
+    root: str
+    keys: Strings
+
+    def __call__(self, index: int) -> tuple[bytes, ...]:
+        path = os.path.join(self.root, text_of(self.keys[index]))
+        if not os.path.lexists(path):
+            return ()
+        size = min(os.stat(path).st_size, READ + 1) if os.path.isfile(path) else None
+        return (read(path, self.keys[index], 0, size),)
+
+    def orphans(self) -> Iterator[str]:
+        """Texts without a picture, by their paths."""
+        pictured = {text_of(key) for key in self.keys}
+        for folder, inner, names in os.walk(self.root):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            for name in sorted(names):
+                path = os.path.relpath(os.path.join(folder, name), self.root).replace(os.sep, "/")
+                if name.endswith(".txt") and not name.startswith(".") and path not in pictured:
+                    yield path
+
+
+def text_of(key: str) -> str:
+    """The path of the text that belongs to a picture."""
+    return os.path.splitext(key)[0] + ".txt"
 
 
 def folder_above(key: str) -> str | None:

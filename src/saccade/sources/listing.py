@@ -1,28 +1,42 @@
-"""A text file with one path a line, or a CSV file with a `path` column; paths are relative to the file's folder."""
+"""A text file with one path a line, or a table with a `path` column; paths are relative to its folder.
+
+Tables are CSV, TSV, JSONL and Parquet, and may hold captions (`captions.chosen` says in which columns): one a row,
+several in columns or in a JSON list, or rows of the same path.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from saccade.errors import SaccadeError, nearest
+from saccade.sources.captions import Column, chosen, encoded
 from saccade.sources.strings import Strings
 
-EXTENSIONS = (".txt", ".lst", ".list", ".csv", ".tsv")
+EXTENSIONS = (".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl", ".parquet")
+_PATHS = ("path", "file", "filename", "file_name", "filepath", "image")
+"""Names of the column that says which picture a row is of."""
 
 
-def read_list(path: Path) -> tuple[Strings, dict[str, Strings]]:
-    """The paths, and by name the other columns. Raises `SaccadeError` when it is empty or names nothing that exists."""
+class Listed(NamedTuple):
+    """Paths, the other columns by name, and the captions where they were asked for."""
+
+    keys: Strings
+    columns: dict[str, Strings]
+    captions: Column | None
+
+
+def read_list(path: Path, texts: bool = False) -> Listed:
+    """What a list names; with `texts` also its captions, and then a path that comes again adds to its captions.
+
+    Raises `SaccadeError` when it is empty, names nothing that exists, or has no captions where they are wanted.
+    """
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-            if path.suffix.lower() in (".csv", ".tsv"):
-                paths, columns = _table(
-                    path, csv.reader(lines, "excel-tab" if path.suffix.lower() == ".tsv" else "excel")
-                )
-            else:
-                paths, columns = [line for line in (line.rstrip("\r\n") for line in lines) if line.strip()], {}
+        paths, columns = _columns(path)
     except (OSError, csv.Error) as error:
         raise SaccadeError(f"cannot read the list {path}: {error}", path=path) from None
     if not paths:
@@ -35,25 +49,47 @@ def read_list(path: Path) -> tuple[Strings, dict[str, Strings]]:
             path=path,
             hint=f"paths are relative to the list's folder, {path.parent.resolve()}",
         )
-    return Strings(name.removeprefix("./") for name in paths), {
-        name: Strings(column) for name, column in columns.items()
-    }
+    captions = None
+    if texts:
+        paths, columns, said = _merged(path, paths, columns)
+        captions = Column.of(said)
+    named = {name: Strings(map(_cell, column)) for name, column in columns.items()}
+    return Listed(Strings(name.removeprefix("./") for name in paths), named, captions)
 
 
-def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, list[str]]]:
-    """The `path` column and the others of a table with a header."""
-    header = [name.strip() for name in next(rows, [])]
-    if not header:
-        raise SaccadeError(
-            f"the list {path} is empty", path=path, hint="its first line names the columns, one of them `path`"
-        )
-    if "path" not in header:
+def _columns(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _named(path, *_parquet(path))
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        if suffix == ".jsonl":
+            return _named(path, *_objects(path, lines))
+        if suffix in (".csv", ".tsv"):
+            csv.field_size_limit(1 << 27)  # captions of any length; they are cut where they are read
+            return _named(path, *_table(path, csv.reader(lines, "excel-tab" if suffix == ".tsv" else "excel")))
+        return [line for line in (line.rstrip("\r\n") for line in lines) if line.strip()], {}
+
+
+def _named(path: Path, header: list[str], columns: dict[str, list[Any]]) -> tuple[list[str], dict[str, list[Any]]]:
+    """The column of paths, and the others."""
+    named = next((name for name in _PATHS if name in header), None)
+    if named is None:
         raise SaccadeError(
             f"the list {path} has no column `path`, only {', '.join(header)}",
             path=path,
             hint=nearest("path", header) + " rename it in the first line",
         )
-    columns: dict[str, list[str]] = {name: [] for name in header}
+    return [_cell(value) for value in columns.pop(named)], columns
+
+
+def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, list[Any]]]:
+    """The columns of a table with a header."""
+    header = [name.strip() for name in next(rows, [])]
+    if not header:
+        raise SaccadeError(
+            f"the list {path} is empty", path=path, hint="its first line names the columns, one of them `path`"
+        )
+    columns: dict[str, list[Any]] = {name: [] for name in header}
     for number, row in enumerate(rows, start=2):
         if not row:
             continue
@@ -61,4 +97,76 @@ def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, 
             raise SaccadeError(f"line {number} of {path} has {len(row)} cells, the header {len(header)}", path=path)
         for name, cell in zip(header, row, strict=True):
             columns[name].append(cell)
-    return columns.pop("path"), columns
+    return header, columns
+
+
+def _objects(path: Path, lines: Iterator[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    """The fields of JSON objects, one a line, as columns; None where an object has no such field."""
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise SaccadeError(f"line {number} of {path} is no JSON: {error}", path=path) from None
+        if not isinstance(record, dict):
+            raise SaccadeError(f"line {number} of {path} holds no JSON object", path=path)
+        records.append(record)
+    header = list(dict.fromkeys(name for record in records for name in record))
+    if not header:
+        raise SaccadeError(f"the list {path} is empty", path=path, hint='a line: {"path": …, "caption": …}')
+    return header, {name: [record.get(name) for record in records] for name in header}
+
+
+def _parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """The columns of a Parquet file. Raises `SaccadeError` for a file that holds the pictures themselves."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise SaccadeError("reading Parquet needs pyarrow", path=path, hint="pip install 'saccade[parquet]'") from None
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise SaccadeError(f"cannot read the list {path}: {error}", path=path) from None
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    inside = [name for name, values in columns.items() if any(isinstance(v, bytes | dict) for v in values[:100])]
+    if inside:
+        raise SaccadeError(
+            f"{path} holds bytes or records in its column {inside[0]!r}, and a list names files",
+            path=path,
+            hint="write pictures as files or tar shards, and name them by a column `path`",
+        )
+    return list(columns), columns
+
+
+def _merged(
+    path: Path, paths: list[str], columns: dict[str, list[Any]]
+) -> tuple[list[str], dict[str, list[Any]], list[list[str]]]:
+    """Each path once, with its first row's other columns and the captions of all its rows."""
+    names = chosen(columns)
+    if not names:
+        raise SaccadeError(
+            f"the list {path} has no captions, only {', '.join(['paths', *columns])}",
+            path=path,
+            hint="name their column `caption` (or `caption1`, `caption2`, …)",
+        )
+    rows: dict[str, int] = {}
+    said: list[list[str]] = []
+    first: list[int] = []
+    for number, name in enumerate(paths):
+        place = rows.setdefault(name, len(rows))
+        if place == len(said):
+            said.append([])
+            first.append(number)
+        for column in names:
+            value = columns[column][number]
+            several = value if isinstance(value, list) else [value]
+            said[place] += [encoded(item).decode("utf-8", "surrogateescape") for item in several if item is not None]
+    others = {name: [column[row] for row in first] for name, column in columns.items() if name not in names}
+    return list(rows), others, said
+
+
+def _cell(value: Any) -> str:
+    """What a column's cell says; "" for nothing."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

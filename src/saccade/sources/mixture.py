@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -54,6 +54,13 @@ class Mixture(Source):
 
     def content(self, index: int) -> bytes:
         return self._ask(index, lambda source, inner: source.content(inner))
+
+    def words(self, index: int) -> tuple[bytes, ...]:
+        return self._ask(index, lambda source, inner: source.words(inner))
+
+    def orphans(self) -> Iterator[str]:
+        for name, source in zip(self.names, self.sources, strict=True):
+            yield from (f"{name}/{orphan}" for orphan in source.orphans())
 
     def size(self, index: int) -> int:
         return self._ask(index, lambda source, inner: source.size(inner))

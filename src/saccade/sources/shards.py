@@ -1,7 +1,7 @@
 """Pictures in tar files, read by position: an index of offsets is made once, and kept beside the tar if that took long.
 
 Members that share a stem are one sample: the picture, `.txt` its text, `.cls` its label, `.json` its metadata (with
-`label` and `group` where it has them). The stem is the name without its last extension.
+`label`, `group` and, where there is no `.txt`, captions). The stem is the name without its last extension.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import stat
 import tarfile
 import time
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from torch import Tensor
 from saccade.data import Sample, Source
 from saccade.decode import EXTENSIONS, decode
 from saccade.errors import SaccadeError, Unreadable
+from saccade.sources.captions import fields, usable
 from saccade.sources.files import folder_above, group_of, read
 from saccade.sources.strings import Strings
 
 _PARTS = ("picture", "txt", "cls", "json")
+_NAMES = ("keys", "alone")
 _WORTH_KEEPING = 0.5
 """Seconds: an index that is made faster is not written anywhere."""
 
@@ -40,7 +43,8 @@ class Shards(Source):
     """The samples of tar files one after the other; keys are `TAR/MEMBER`.
 
     `spans` [N 4 2] says where picture, text, label and metadata lie (offset and length; -1 where there is none), `ends`
-    how many samples come up to and with each tar.
+    how many samples come up to and with each tar; `alone` names the texts without a picture. With `texts` a sample has
+    texts, and one that has none cannot be read.
     """
 
     tars: tuple[str, ...]
@@ -50,15 +54,16 @@ class Shards(Source):
     short_side: int | None = None
     channels: int = 3
     group_by: str | None = None
+    texts: bool = False
+    alone: Strings | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
         key, metadata = self.keys[index], self._metadata(index)
-        pixels = decode(self.content(index), key=key, short_side=self.short_side, channels=self.channels)
-        text = self._part(index, "txt")
-        texts = () if text is None else (text.decode("utf-8", "replace").strip(),)
+        texts = usable(key, self.words(index)) if self.texts else ()
+        pixels = decode(self._picture(index), key=key, short_side=self.short_side, channels=self.channels)
         return Sample(key, pixels, texts, self.label(index), self.group(index), metadata, self.origin(index))
 
     def key(self, index: int) -> str:
@@ -76,7 +81,19 @@ class Shards(Source):
     def origin(self, index: int) -> str:
         return self.tars[bisect_right(self.ends, index)]
 
+    def words(self, index: int) -> tuple[bytes, ...]:
+        if not self.texts:
+            return ()
+        text = self._part(index, "txt")
+        return fields(self._metadata(index)) if text is None else (text,)
+
+    def orphans(self) -> Iterator[str]:
+        return iter(self.alone if self.texts and self.alone is not None else ())
+
     def content(self, index: int) -> bytes:
+        return b"\0".join([self._picture(index), *self.words(index)])
+
+    def _picture(self, index: int) -> bytes:
         data = self._part(index, "picture")
         assert data is not None
         return data
@@ -99,50 +116,53 @@ class Shards(Source):
         return metadata
 
 
-def open_shards(tars: list[Path], short_side: int | None, channels: int, group_by: str | None) -> Shards:
+def open_shards(
+    tars: list[Path], short_side: int | None, channels: int, group_by: str | None, texts: bool = False
+) -> Shards:
     """The samples of these tar files. Raises `SaccadeError` for a tar that is damaged or has no pictures."""
-    indices = [_index(tar) for tar in tars]
-    counts = [len(keys) for keys, _ in indices]
-    keys = indices[0][0] if len(tars) == 1 else Strings(key for names, _ in indices for key in names)
-    ends = tuple(itertools.accumulate(counts))
-    spans = torch.cat([spans for _, spans in indices])
-    return Shards(tuple(map(str, tars)), ends, keys, spans, short_side, channels, group_by)
+    names, spans, alone = zip(*map(_index, tars), strict=True)
+    keys, lone = (some[0] if len(tars) == 1 else Strings(itertools.chain(*some)) for some in (names, alone))
+    ends = tuple(itertools.accumulate(map(len, names)))
+    return Shards(tuple(map(str, tars)), ends, keys, torch.cat(spans), short_side, channels, group_by, texts, lone)
 
 
-def _index(tar: Path) -> tuple[Strings, Tensor]:
+def _index(tar: Path) -> tuple[Strings, Tensor, Strings]:
     """A tar's index: the one kept beside it or in the cache, if it still fits the tar; else made, and kept if slow."""
     state = os.stat(tar)
-    stamp = f"1 {state.st_size} {state.st_mtime_ns}"
+    stamp = f"2 {state.st_size} {state.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saccade"
     places = [tar.with_name(f".{tar.name}.index"), cache / f"{blake3(os.fsencode(tar.resolve())).hexdigest(16)}.index"]
     for place in places:
         try:
             with safe_open(place, "pt") as kept:
                 if (kept.metadata() or {}).get("stamp") == stamp:
-                    return Strings.of(kept.get_tensor("keys"), kept.get_tensor("starts")), kept.get_tensor("spans")
+                    keys, alone = (Strings.of(kept.get_tensor(n), kept.get_tensor(f"{n}.starts")) for n in _NAMES)
+                    return keys, kept.get_tensor("spans"), alone
         except (OSError, SafetensorError):
             continue
     start = time.perf_counter()
-    keys, spans = _make_index(tar)
+    keys, spans, alone = _make_index(tar)
     if time.perf_counter() - start < _WORTH_KEEPING:
-        return keys, spans
-    blob, starts = keys.tensors()
+        return keys, spans, alone
+    found = {"spans": spans}
+    for name, strings in zip(_NAMES, (keys, alone), strict=True):
+        found[name], found[f"{name}.starts"] = strings.tensors()
     for place in places:
         if place.parent.exists() and not place.parent.stat().st_mode & stat.S_IWUSR:
             continue  # marked read-only: root could write there, and must not
         written = place.with_name(f"{place.name}.{os.getpid()}")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"keys": blob, "starts": starts, "spans": spans}, written, {"stamp": stamp})
+            save_file(found, written, {"stamp": stamp})
             os.replace(written, place)
             break
         except (OSError, SafetensorError):  # not writable: the next place, or no index is kept
             written.unlink(missing_ok=True)
-    return keys, spans
+    return keys, spans, alone
 
 
-def _make_index(tar: Path) -> tuple[Strings, Tensor]:
-    """Names of the pictures in the order they lie, and the spans of each and of its companions."""
+def _make_index(tar: Path) -> tuple[Strings, Tensor, Strings]:
+    """Names of the pictures in the order they lie, the spans of each and of its companions, and texts without one."""
     companions: dict[str, dict[str, tuple[int, int]]] = {}
     pictures: list[tuple[str, str, tuple[int, int]]] = []
     try:
@@ -169,7 +189,9 @@ def _make_index(tar: Path) -> tuple[Strings, Tensor]:
         spans[row, 0] = torch.tensor(span)
         for name, companion in companions.get(stem, {}).items():
             spans[row, _PARTS.index(name)] = torch.tensor(companion)
-    return Strings(f"{tar.name}/{name}" for name, _, _ in pictures), spans
+    lone = [stem for stem in companions.keys() - {stem for _, stem, _ in pictures} if "txt" in companions[stem]]
+    names = [f"{tar.name}/{name}" for name, _, _ in pictures]
+    return Strings(names), spans, Strings(f"{tar.name}/{stem}.txt" for stem in sorted(lone))
 
 
 def _tar_hint(tar: Path) -> str:
