@@ -66,7 +66,7 @@ class TextConfig(Settings):
 
 
 class TextEncoder(nn.Module):
-    """A text tower: tokens to `TextFeatures`. `encoder.config` says all about it; it can be built on the meta device."""
+    """A text tower: tokens to `TextFeatures`. `tower.config` says all about it; it can be built on the meta device."""
 
     def __init__(self, config: TextConfig):
         super().__init__()

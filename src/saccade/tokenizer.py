@@ -114,7 +114,7 @@ class Tokenizer:
             raise SaccadeError(
                 f"there is no tokenizer in {place}", path=place, hint=f"it has none of {', '.join((JSON, *FILES[2:]))}"
             )
-        if name == VOCABULARY or name == MERGES:
+        if name in (VOCABULARY, MERGES):
             used = [VOCABULARY, MERGES]
             core, guess = _byte_pairs(folder), kind or "clip"
         elif name.endswith(".model"):
@@ -226,7 +226,7 @@ class Tokenizer:
         return [found.ids for found in self.core.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _plain(text: str, number: int) -> str:
+def _plain(text: Any, number: int) -> str:
     """A text without what no text has. Raises `SaccadeError` for what is none."""
     if not isinstance(text, str):
         raise SaccadeError(f"number {number} is a {type(text).__name__}, not a text", path="texts")

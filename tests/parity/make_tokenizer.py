@@ -24,12 +24,12 @@ TEXTS = [
     "a photo of a cat",
     "two zebras beside a quiet microscope",
     "unknown 漢字 letters and émigré",
-    "ﬁne Å ａｂｃ",
+    "ﬁne Å ﬂoor",
     "x",
     "qqqq jjjj",
     "the the the the the the the the",
 ]
-RULES = {"ﬁ": "fi", "Å": "å", "ａ": "a", "ｂ": "b", "ｃ": "c"}
+RULES = {"ﬁ": "fi", "ﬂ": "fl", "Å": "å"}
 
 
 def main() -> None:
