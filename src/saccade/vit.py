@@ -311,11 +311,14 @@ def rotate(x: Float[Tensor, "b h n e"], rope: tuple[Tensor, Tensor]) -> Float[Te
 
 
 class Attention(nn.Module):
-    """Self-attention with one matrix for queries, keys and values; only the queries of `rows` are computed."""
+    """Self-attention with one matrix for queries, keys and values; only the queries of `rows` are computed.
 
-    def __init__(self, width: int, heads: int, bias: QKVBias):
+    `causal`: a token attends to itself and those before it.
+    """
+
+    def __init__(self, width: int, heads: int, bias: QKVBias, causal: bool = False):
         super().__init__()
-        self.heads, self.masked = heads, bias == "k_masked"
+        self.heads, self.masked, self.causal = heads, bias == "k_masked", causal
         self.qkv = Linear(width, 3 * width, bias=bias != "none")
         self.proj = Linear(width, width)
 
@@ -343,14 +346,25 @@ class Attention(nn.Module):
             query, key = rotate(query, turned), rotate(key, rope)
         return query, key, value
 
+    def _seen(self, x: Float[Tensor, "b n d"], rows: Rows) -> Bool[Tensor, "_ 1 k n"]:
+        """Which tokens the chosen ones attend to, where attention is causal."""
+        places = torch.arange(x.shape[1], device=x.device)
+        chosen = rows if isinstance(rows, Tensor) else (places if rows is None else places[rows])[None]
+        return (places <= chosen[..., None])[:, None]
+
     def forward(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Tensor:
-        x = attend(*self._project(x, rope, rows))
+        heads = self._project(x, rope, rows)
+        if self.causal:
+            x = F.scaled_dot_product_attention(*heads, attn_mask=self._seen(x, rows))
+        else:
+            x = attend(*heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Float[Tensor, "b h k n"]:
         """How much each (chosen) token attends to each, which `forward` never writes down."""
         query, key, _ = self._project(x, rope, rows)
-        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return (scores.masked_fill(~self._seen(x, rows), -torch.inf) if self.causal else scores).softmax(-1)
 
 
 class Block(nn.Module):
@@ -366,10 +380,11 @@ class Block(nn.Module):
         qkv_bias: QKVBias = "all",
         layer_scale: float | None = None,
         eps: float = 1e-6,
+        causal: bool = False,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads, qkv_bias)
+        self.attn = Attention(width, heads, qkv_bias, causal)
         self.ls1 = nn.Identity() if layer_scale is None else Scale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = SwiGLU(width, hidden) if activation == "swiglu" else MLP(width, hidden, activation)
