@@ -87,7 +87,7 @@ class _Sigmoid(torch.autograd.Function):
         pulls /= len(images)
         pushes /= len(images)
         ctx.save_for_backward(pulls * scale, pushes, (pulls * images).sum(), sums[1].clone())
-        loss, _, left_out = sums.clone().unbind()
+        loss, left_out = sums[0].clone(), sums[2].clone()  # no views: FSDP2 puts its hooks on what is returned
         ctx.mark_non_differentiable(left_out)
         return loss, left_out
 

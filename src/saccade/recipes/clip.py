@@ -91,7 +91,7 @@ class Method(recipe.Coupled):
         """The loss, the factor of cosines, and how many pairs were left out because they are no negatives."""
         scale = self.pairing.scale.exp()
         loss, left_out = pair_losses.contrast(embeddings, scale, beside["same"])
-        return loss, {"scale": scale.detach().reshape(()), "left_out": left_out}
+        return loss, {"scale": scale.detach().sum(), "left_out": left_out}
 
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """The temperature stays above a hundredth, or training would end in spikes."""

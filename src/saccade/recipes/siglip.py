@@ -102,4 +102,4 @@ class Method(recipe.Coupled):
         """The loss, the factor and offset of logits, and how many pairs were left out because they are no negatives."""
         scale, bias = self.pairing.scale.exp(), self.pairing.bias
         loss, left_out = pair_losses.sigmoid(embeddings, scale, bias, beside["same"])
-        return loss, {"scale": scale.detach().reshape(()), "bias": bias.detach().reshape(()), "left_out": left_out}
+        return loss, {"scale": scale.detach().sum(), "bias": bias.detach().sum(), "left_out": left_out}
