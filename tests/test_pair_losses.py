@@ -8,13 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 
-from saccade import distributed, pair_losses, recipe
+from saccade import distributed, pair_losses, recipe, words
 from saccade.data import Batch
 from saccade.distributed import Ranks
-from saccade.model import Model
+from saccade.errors import SaccadeError
+from saccade.model import Model, build
+from saccade.reading import fitted
 from saccade.settings import PretrainArguments, Worded
+from saccade.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-12
@@ -206,6 +210,24 @@ def trained(name: str, accumulate: int, ranks: Ranks = ALONE, **arguments: Any) 
         learned = [live[key].item() for key in ("scale", "bias") if key in live]
         said.append([*ranks.mean([metrics[key].item() for key in ("loss", "gradient_norm")]), *learned])
     return torch.tensor(said, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_what_is_learned_of_texts_is_kept_and_read_again(name, tmp_path):
+    tokenizer = Tokenizer.train(["a red one", "a blue one"], 600)
+    config = fitted(small(name), tokenizer)
+    method, _ = build(recipe.find(name), config, None)
+    words.save_words(tmp_path, method.words().pairing(method.words().state_dict(), tokenizer), {"recipe": name})
+    again = words.load_words(tmp_path)
+    tokens = tokenizer.encode(["a red one"], config.length).tokens
+    picture = torch.randn(1, 24)
+    pair = F.normalize(method.words()(picture, tokens).detach(), dim=2)[0]
+    torch.testing.assert_close(again(["a red one"]), pair[1:])
+    torch.testing.assert_close(again.images(picture), pair[:1])
+    assert again.logit_scale == method.words().scale[0]
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SaccadeError, match="holds no readable text tower"):
+        words.load_words(tmp_path)
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])
