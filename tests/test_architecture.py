@@ -55,6 +55,7 @@ LAYERS = {
             "progress",
             "naming",
             "onnx",
+            "pairing",
         ],
         3,
     ),
