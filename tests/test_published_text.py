@@ -396,7 +396,7 @@ def test_a_run_s_backbone_keeps_its_texts(tmp_path: Path) -> None:
     ],
 )
 def test_published_sizes(family: str, vocabulary: int, width: int, length: int, out: int, whole: int) -> None:
-    """Base towers of 12 blocks: with the image tower, as many parameters as the models' cards say."""
+    """Base towers of 12 blocks: with the image tower, as many parameters as the published models have."""
     from saccade.text import TextEncoder
 
     facts = texts.TOWERS[family]
