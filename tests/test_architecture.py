@@ -58,6 +58,7 @@ LAYERS = {
             "progress",
             "naming",
             "onnx",
+            "pairing",
         ],
         3,
     ),

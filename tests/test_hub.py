@@ -370,6 +370,22 @@ def test_timms_repositories_and_short_names(server: Hub, tmp_path: Path, folder:
     assert hub.repository("IN22K-vit.h.14-900e.pth.tar") is None  # one of several on the hub: not guessed
 
 
+def test_tokenizers_come_along(server: Hub, tmp_path: Path) -> None:
+    from test_published_text import PARITY
+    from test_published_text import _model as siglip
+
+    siglip("siglip").save_pretrained(tmp_path / "given")
+    (tmp_path / "given" / "spiece.model").write_bytes((PARITY / "spiece.model").read_bytes())
+    name = "google/siglip-base-patch16-224"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "given").iterdir()}
+    server.files[name] = {FIRST: files}
+    encoder = weights.load(name)
+    assert encoder.record["text"]["tokenizer"]["kind"] == "siglip" and encoder.text(["a cat"]).shape == (1, 32)
+    server.asked.clear()
+    weights.load(f"{name}@{FIRST}")
+    assert not server.asked  # what it lacks is known too
+
+
 def test_an_answer_that_is_none(published_once: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Handler, "_answer", lambda self, body: self._refuse(503, "", ""))
     error = refusal()

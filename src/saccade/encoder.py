@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from saccade.decode import decode, pixels_of
 from saccade.errors import SaccadeError
 from saccade.published import Prepared
 from saccade.sources.files import read
+from saccade.text import Pairing
 from saccade.vit import Features, ViT
 
 _WHOLE_BELOW = 192
@@ -133,7 +135,8 @@ class Encoder(nn.Module):
 
     `preprocess` turns any one picture into what goes in; `record` says where the weights come from: family, size, mean,
     std, hash, licence, and which tensors matched, were missing or unexpected; `grid` how many patches there are along
-    each axis of what `preprocess` makes.
+    each axis of what `preprocess` makes. `text` is the text tower that belongs to it (CLIP, SigLIP), or None:
+    `encoder.text(["a leaf"])` and `encoder.pair(images)` are vectors of length 1 in one space, and `logits` compares.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Encoder(nn.Module):
         size = backbone.config.image_size if image_size is None else image_size
         self.grid: tuple[int, ...] = backbone.config.model_copy(update={"image_size": size}).grid
         self.preprocess = preprocess or Preprocess.at(size, backbone.config.channels)
+        self.text: Pairing | None = None
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +179,31 @@ class Encoder(nn.Module):
     def embedding(self, features: Features) -> Float[Tensor, "b d"]:
         """The one vector that this family pools."""
         return self.backbone.embedding(features)
+
+    def pair(self, images: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b e"]:
+        """Pictures as vectors of length 1 in the space of its texts. Raises `SaccadeError` without a text tower."""
+        return self._texts().images(self.backbone.pooled(images))
+
+    def logits(
+        self, images: Shaped[Tensor, "b ..."], texts: Sequence[str] | Int[Tensor, "c l"]
+    ) -> Float[Tensor, "b c"]:
+        """How well each picture fits each text, or its tokens: for softmax (CLIP) or sigmoid (SigLIP).
+
+        Raises `SaccadeError` without a text tower.
+        """
+        pairing = self._texts()
+        return pairing.logits(self.pair(images), pairing(texts))
+
+    def _texts(self) -> Pairing:
+        if self.text is None:
+            refused = (self.record.get("text") or {}).get("refused")
+            why = f": what is there was refused, as {refused}" if refused else ""
+            raise SaccadeError(
+                f"{self.record.get('path') or 'this encoder'} has no text tower{why}",
+                path="text",
+                hint="CLIP's and SigLIP's have one, and runs of pictures with words",
+            )
+        return self.text
 
 
 def untrained(encoder: Encoder, seed: int = 0) -> Encoder:

@@ -22,6 +22,8 @@ from saccade.errors import SaccadeError, nearest, say
 
 WEIGHTS, SHARDS, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_WITH_TEXTS = {"clip", "siglip", "siglip2"}
+"""What config.json calls models that read words too, whose tokenizers are fetched."""
 _COMMIT = re.compile(r"\w+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -188,7 +190,7 @@ class _Source:
         """Everything of one commit, tensors last. Raises `SaccadeError`."""
         commit, first = self._commit()
         known = self._in_cache(first, commit)
-        self._get(CONFIG, commit)
+        self._tokenizer(self._get(CONFIG, commit), commit)
         if known is None:  # the tensors come last: where they are, this has been asked for
             self._get(PREPROCESSOR, commit)
         names = [first]
@@ -200,6 +202,19 @@ class _Source:
         hashes = {name: self._checked(name, self._get(name, commit)) for name in names}
         self._remember(commit)
         return Fetched(self.name, commit, self.folder / "snapshots" / commit, hashes)
+
+    def _tokenizer(self, config: Path | None, commit: str) -> None:
+        """What splits words, for a model that reads them: asked for once, also where its tensors came without it."""
+        from saccade.tokenizer import FILES  # with torch, which listing what is published does without
+
+        try:
+            said = json.loads(config.read_text(encoding="utf-8")) if config else {}
+        except (OSError, ValueError, RecursionError):  # who reads it next names what is wrong
+            return
+        if isinstance(said, dict) and said.get("model_type") in _WITH_TEXTS and not self.offline:
+            for name in FILES:
+                if self._in_cache(name, commit) is None:
+                    self._get(name, commit)
 
     def _commit(self) -> tuple[str, str]:
         """The commit that the revision is now, and its first file of tensors: by the hub, or by the cache."""

@@ -32,10 +32,23 @@ KEYS = {
 """Further ones as they occur. From the hub: name, revision, sha256. Of published weights: prefix, preprocess. Of a run:
 all that its backbone/config.json says, such as recipe, steps, initial and derived_from (the published weights behind
 it). Where `load` was asked for another network: asked, and {from, to, how} as channels, patch, image_size. Of ONNX:
-runtime, int8. Of an export: exported_from, a hash.
+runtime, int8. Of an export: exported_from, a hash. Of one with a text tower: text, {naming, matched, missing,
+unexpected, tokenizer {kind, vocabulary, sha256}} and the tower's settings, or why it was refused.
 """
 
-_OF_A_FILE = ("path", "naming", "prefix", "matched", "missing", "unexpected", "reshaped", "ignored", "hash", "asked")
+_OF_A_FILE = (
+    "path",
+    "naming",
+    "prefix",
+    "matched",
+    "missing",
+    "unexpected",
+    "reshaped",
+    "ignored",
+    "hash",
+    "asked",
+    "text",
+)
 _ORIGIN = ("name", "revision", "family", "arch", "licence", "licence_url", "terms", "hash")
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saccade import hub, naming, published, resize
+from saccade import hub, naming, pairing, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.checkpoint import config_of, find
 from saccade.encoder import Encoder, Preprocess
@@ -28,6 +28,7 @@ from saccade.provenance import described, origins
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
 from saccade.tensors import hash_of, read_tensors
+from saccade.text import Pairing
 from saccade.vit import ViT
 
 FORMAT = "saccade-backbone-1"
@@ -36,10 +37,17 @@ EXPORTED = "saccade"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def save_backbone(directory: str | Path, backbone: Backbone, record: dict[str, Any]) -> None:
-    """Writes model.safetensors and config.json, what `load` reads. `record`: recipe, arch, data, licence, …"""
+def save_backbone(
+    directory: str | Path, backbone: Backbone, record: dict[str, Any], text: Pairing | None = None
+) -> None:
+    """Writes model.safetensors and config.json, what `load` reads, and in a folder `text` the text tower if any.
+
+    `record`: recipe, arch, data, licence, …
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if text is not None:
+        pairing.save(directory / pairing.FOLDER, text)
     new = directory / f"{WEIGHTS}.new"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}, new)
     config = {
@@ -113,7 +121,10 @@ def _load(backbone: str | Path, name: str | None, image_size: int | None, other:
     into(network, tensors, files[0])
     said = {"hash": digest, "matched": len(tensors), "path": str(Path(backbone).absolute())}
     record = described(network.config, **{"family": "saccade", **config.get("record", {}), **said})
-    return _finish(network, record, image_size, other)
+    encoder = _finish(network, record, image_size, other)
+    if (folder / pairing.FOLDER).is_dir():
+        encoder.text, encoder.record["text"] = pairing.load(folder / pairing.FOLDER)
+    return encoder
 
 
 def _load_onnx(path: Path, image_size: int | None, other: Other) -> Encoder:
@@ -148,7 +159,11 @@ def _load_published(
     tables = {name: own[name] for name, _ in network.named_buffers() if name in own}  # not in every naming: RoPE's
     into(network, tables | ours, place)
     record = _record(found, network, hash=hash_of(*files), matched=len(ours), path=str(place.absolute()))
-    return _finish(network, record, image_size, other, family.preprocess)
+    encoder = _finish(network, record, image_size, other, family.preprocess)
+    encoder.text, said = pairing.find(found, tensors, config, files[0].parent)
+    if said is not None:
+        encoder.record["text"] = said
+    return encoder
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020): OpenAI's image towers. The projection into the space shared with texts is not part of them.
+"""CLIP (arXiv 2103.00020): OpenAI's image towers. The projection into the space shared with texts is in `texts`.
 
 QuickGELU, a norm before the first block and eps 1e-5 set it apart. Official files are TorchScript archives in float16,
 which are read for their tensors and not run (`torchscript`), or the state dict of one, saved by itself. timm's plain

@@ -7,7 +7,7 @@ it; the authors, who did so between stages of training, interpolate linearly fro
 
 big_vision's own files (.npz) hold flax's arrays: kernels are [in, out], those of attention have the heads as an axis of
 their own ([D heads D/heads], and [heads D/heads D] on the way out), and the patch embedding is [row column C D]. SigLIP
-2 keeps all layers in one array each. Their text towers, temperature and bias are ignored.
+2 keeps all layers in one array each. The text towers are in `texts`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,18 @@ def _layer(ours: str, theirs: str, norm: str, projection: str) -> tuple[Rule, ..
     )
 
 
-_BLOCK, _LAYER, _MAP = "blocks.{n}.", "Transformer/encoderblock_{n}/", "MAPHead_0/"
+_BLOCK, _MAP = "blocks.{n}.", "MAPHead_0/"
+
+
+def layers(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Blocks and last norm of a tower in the authors' files: `ours` before our names, `theirs` the folder of theirs."""
+    block, layer = f"{ours}{_BLOCK}", f"{theirs}encoderblock_{{n}}/"
+    return (
+        *_norm(f"{block}norm1", f"{layer}LayerNorm_0"),
+        *_projected(f"{block}attn.qkv", layer, ("query", "key", "value")),
+        *_layer(block, layer, "norm2", f"{block}attn.proj"),
+        *_norm(f"{ours}norm", f"{theirs}encoder_norm"),
+    )
 
 
 def big_vision(patches: Way, stacked: bool, table: Way = SAME) -> Naming:
@@ -155,10 +166,7 @@ def big_vision(patches: Way, stacked: bool, table: Way = SAME) -> Naming:
             ("pos_embed", "pos_embedding", table),
             ("patch_embed.proj.weight", "embedding/kernel", patches),
             ("patch_embed.proj.bias", "embedding/bias"),
-            *_norm(f"{_BLOCK}norm1", f"{_LAYER}LayerNorm_0"),
-            *_projected(f"{_BLOCK}attn.qkv", _LAYER, ("query", "key", "value")),
-            *_layer(_BLOCK, _LAYER, "norm2", f"{_BLOCK}attn.proj"),
-            *_norm("norm", "Transformer/encoder_norm"),
+            *layers("", "Transformer/"),
             ("attn_pool.latent", f"{_MAP}probe"),
             *_projected("attn_pool.q", _MAP, ("query",)),
             *_projected("attn_pool.kv", _MAP, ("key", "value")),
