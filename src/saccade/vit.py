@@ -25,6 +25,7 @@ from saccade.settings import Settings
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SIZES: dict[str, dict[str, Any]] = {
+    "xs": {"width": 128, "depth": 6, "heads": 2, "hidden": 512},  # ours: minutes on two cores
     "ti": {"width": 192, "depth": 12, "heads": 3, "hidden": 768},
     "s": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536},
     "s+": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "activation": "swiglu"},
