@@ -375,6 +375,8 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def _scores(result: Mapping[str, Any]) -> str:
     """Scores as a table, the backbone above what it must beat; below it whether it does, and how this was measured."""
     rivals = result.get("baselines", {})
+    if "segmentation" in result:
+        return _segments(result, rivals)
     rows = {"this backbone": result}
     rows |= {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
     counts = list(result.get("few_label", {}))
@@ -405,7 +407,31 @@ def _scores(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_lines(rest)])
 
 
-_RIVALS = {"the same untrained": "untrained", "raw pixels": "pixels", "the border's pixels": "border"}
+def _segments(result: Mapping[str, Any], rivals: Mapping[str, Any]) -> str:
+    """Scores of segmentation as a table, a line a class, the backbone beside what it must beat."""
+    told = {"this backbone": result} | {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
+    scores = {name: found["segmentation"] for name, found in told.items()}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("percent", no_wrap=True)
+    for name in scores:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("mean IoU", *(_score(found["miou"]) for found in scores.values()))
+    table.add_row("pixels right", *(_score(found["pixel_accuracy"]) for found in scores.values()))
+    for name in result["segmentation"]["classes"]:
+        table.add_row(f"  {name}", *(_score(found["classes"][name]) for found in scores.values()))
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(table, highlight=False)
+    rest = {name: value for name, value in result.items() if name not in ("segmentation", "baselines")}
+    return "\n".join([*(line.rstrip() for line in captured.get().splitlines()), "", *_lines(rest)])
+
+
+_RIVALS = {
+    "the same untrained": "untrained",
+    "raw pixels": "pixels",
+    "the border's pixels": "border",
+    "position": "position",
+}
 _SHOWN_ABOVE = ("knn", "linear", "few_label", "baselines", "differences", "pooled")
 
 

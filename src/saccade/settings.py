@@ -195,9 +195,10 @@ class EvaluateArguments(Settings):
 
     backbone: Word = Field(description=BACKBONE)
     labelled: Word = Field(
-        description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
+        description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20; for "
+        "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt"
     )
-    tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="what to measure: any of these")
+    tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="any of these, or segmentation alone")
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description=_SIZE)
