@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -118,21 +120,37 @@ class Assignment(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, head: DINOHead, bottlenecks: Float[Tensor, "b e"], temperature: Float[Tensor, ""]
+        self,
+        head: DINOHead,
+        bottlenecks: Float[Tensor, "b e"],
+        temperature: Float[Tensor, ""],
+        added: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "b k"]:
-        """Probabilities, of what the teacher's head has made so far."""
+        """Probabilities, of what the teacher's head has made so far.
+
+        `added` is what `evening` says of more samples than these; without it these are evened out by themselves.
+        """
         logits = head.score(bottlenecks)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.kind == "sinkhorn":
-            if not self.queue:
-                return losses.sinkhorn_knopp(logits, temperature)
-            self._fresh.append(bottlenecks)
-            empty = ~self.past.any(1, keepdim=True)
-            past = head.score(self.past).to(logits.dtype).masked_fill(empty, -torch.inf)
-            return losses.sinkhorn_knopp(logits, temperature, past)
+            if self.queue:
+                self._fresh.append(bottlenecks)
+            if added is None:
+                added = self.evening(head, [lambda: logits], temperature)
+            return losses.even(logits, temperature, added)
         self.sums += logits.sum(0)
         self.count += len(logits)
         return ((logits - self.centre) / temperature).softmax(-1)
+
+    def evening(
+        self, head: DINOHead, parts: list[Callable[[], Float[Tensor, "b k"]]], temperature: Float[Tensor, ""]
+    ) -> Float[Tensor, " k"]:
+        """What evens out the logits of these parts of a step, beside the queue's."""
+        if self.queue:
+            past = self.past[distributed.rank() :: distributed.world()]
+            scored = head.score(past).masked_fill(~past.any(1, keepdim=True), -torch.inf)
+            parts = [*parts, lambda: scored]
+        return losses.evening(parts, temperature)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -149,7 +167,11 @@ class Assignment(nn.Module):
 
 
 class Assignments(nn.ModuleDict):
-    """Answers for class tokens (`head`) and hidden patches (`patch_head`, or the same one), each evened out apart."""
+    """Answers for class tokens (`head`) and hidden patches (`patch_head`, or the same one), each evened out apart.
+
+    Where a step has several micro-batches and is evened out by Sinkhorn-Knopp (`ahead`), the teacher looks at all of
+    them before the first answer, so that the answers are those of one batch.
+    """
 
     def __init__(self, config: SpreadDistillation, kind: Literal["centre", "sinkhorn"], widths: dict[str, int]):
         check_queue(config.queue, 2 * config.batch)
@@ -159,14 +181,37 @@ class Assignments(nn.ModuleDict):
             name: Assignment(kind, widths[head], config.bottleneck, momentum=config.centre_momentum, queue=queue)
             for name, (head, queue) in queues.items()
         })  # fmt: skip
+        self.ahead = kind == "sinkhorn" and config.accumulate > 1
+        self._seen: list[dict[str, Tensor]] = []
+        self._added: dict[str, Tensor] = {}
+
+    def _heads(self, teacher: nn.ModuleDict) -> dict[str, DINOHead]:
+        return {"cls": teacher["head"], "patch": teacher[self.last]}
+
+    @torch.no_grad()
+    def look(self, teacher: nn.ModuleDict, images: Tensor, hide: Bool[Tensor, "b n"]) -> None:
+        """The teacher, of `backbone` and heads, sees a micro-batch: whole pictures, and where patches are hidden."""
+        seen = teacher["backbone"](images)
+        tokens = {"cls": seen.cls, "patch": seen.patches[hide]}
+        self._seen.append({name: head.bottleneck(tokens[name]) for name, head in self._heads(teacher).items()})
 
     def answers(
         self, teacher: nn.ModuleDict, images: Tensor, hide: Bool[Tensor, "b n"], temperature: Float[Tensor, ""]
     ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "m l"]]:
-        """What a teacher of `backbone` and heads sees in whole pictures and where patches are hidden."""
-        seen = teacher["backbone"](images)
-        found = (("cls", "head", seen.cls), ("patch", self.last, seen.patches[hide]))
-        cls, patches = (self[name](teacher[head], teacher[head].bottleneck(x), temperature) for name, head, x in found)
+        """What it answers to the next micro-batch that it saw; it sees this one now if there is none."""
+        if not self._seen:
+            self.look(teacher, images, hide)
+        if self.ahead and not self._added:
+            for name, head in self._heads(teacher).items():
+                parts = [partial(head.score, seen[name]) for seen in self._seen]
+                self._added[name] = self[name].evening(head, parts, temperature)
+        seen = self._seen.pop(0)
+        cls, patches = (
+            self[name](head, seen[name], temperature, self._added.get(name))
+            for name, head in self._heads(teacher).items()
+        )
+        if not self._seen:
+            self._added.clear()
         return cls, patches
 
     def after_step(self) -> None:

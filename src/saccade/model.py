@@ -16,7 +16,7 @@ from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
 from saccade.optim import AdamW, Group, default_groups
 from saccade.provenance import origins
-from saccade.recipe import Coupled, Method, Recipe, Training
+from saccade.recipe import Coupled, Evened, Method, Recipe, Training
 from saccade.settings import PretrainArguments, flag
 
 
@@ -89,6 +89,8 @@ class Model:
             sums = self._replay([next(batches) for _ in range(parts)], now)
         else:
             sums = {}
+            if isinstance(self.method, Evened) and self.method.assign.ahead:
+                batches = iter(self._looked_at([next(batches) for _ in range(parts)], now))
             for part in range(parts):
                 loss, metrics = self._forward(next(batches), now, last=part == parts - 1)
                 self.scaler.scale(loss / parts).backward()
@@ -109,7 +111,16 @@ class Model:
         self.method.after_step(now)
         return sums
 
-    def _forward(self, views: Batch, now: Tensor, *more: Tensor, last: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def _looked_at(self, parts: list[Batch], now: Tensor) -> list[Batch]:
+        """The micro-batches of a step, of which the teacher has seen each."""
+        for views in parts:
+            self._forward(views, now, True)
+        return parts
+
+    def _forward(
+        self, views: Batch, now: Tensor, *more: Tensor | bool, last: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss; ranks exchange gradients behind the last of a step."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             self.wrapped.require_backward_grad_sync = last

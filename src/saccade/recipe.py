@@ -16,17 +16,19 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
+from saccade.heads import Assignments
 from saccade.optim import Group
 from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, SpreadDistillation, Training, checked, flag
 
 __all__ = [
-    "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation", "Taught",
-    "Training", "configure", "find", "names",
+    "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation",
+    "Taught", "Training", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -80,6 +82,29 @@ class Taught(Method):
     def chance(self) -> float:
         """Where the student tells nothing apart: ln K."""
         return math.log(self.config.prototypes)
+
+
+class Evened(Taught):
+    """A method whose teacher's answers depend on all samples of a step together (Sinkhorn-Knopp).
+
+    Under gradient accumulation the loop lets the teacher look at all micro-batches before the student learns of the
+    first: the same answers as of one batch.
+    """
+
+    assign: Assignments
+
+    @abstractmethod
+    def learn(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of a batch at `t`, and what is worth logging."""
+
+    def forward(
+        self, batch: Batch, t: Float[Tensor, ""], ahead: bool = False
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss; or, `ahead` of it, nothing but the teacher's look at a micro-batch."""
+        if not ahead:
+            return self.learn(batch, t)
+        self.assign.look(self.teacher, batch["globals"], batch["hide"])
+        return torch.zeros_like(t), {}
 
 
 class Coupled(Method):

@@ -99,7 +99,7 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     return made | {"hide": masking.block_masks(sized, draws, made["globals"], spread=True, fill=True)}
 
 
-class Method(recipe.Taught):
+class Method(recipe.Evened):
     """Student and teacher, each a backbone with two heads, and the anchor: the backbone of an earlier teacher."""
 
     def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
@@ -120,7 +120,7 @@ class Method(recipe.Taught):
         """Backbone and heads are clipped apart, and the prototypes stand still at first."""
         return optim.student_groups(self.student, t, self.config, clip="part", patch_embed=self.config.patch_embed_rate)
 
-    def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def learn(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """DINOv2's loss, and how far the likeness of a picture's patches to each other is from the anchor's."""
         config, hide = self.config, batch["hide"]
         sharp = optim.linear(t, config.first_temperature, config.teacher_temperature, config.temperature_warmup)
