@@ -194,7 +194,7 @@ def tell(points: list[dict[str, Any]]) -> None:
     for name, value in judged.items():
         if isinstance(value, dict):
             print(
-                f"{name}: {value['mean']:+.2f} ± {value['error']:.2f} (standard error over {len(judged['seeds'])} seeds)"
+                f"{name}: {value['mean']:+.2f} ± {value['error']:.2f} over {len(judged['seeds'])} seeds (standard error)"
             )
     print(judged.get("verdict", "no seed has both arms yet"))
 
@@ -210,7 +210,7 @@ def draw(points: list[dict[str, Any]], file: Path) -> None:
     def at(x: float, y: float) -> str:
         return f"{left + x / last * (wide - left - 90):.1f} {base - (y - marks[0]) / (marks[-1] - marks[0]) * 290:.1f}"
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-size="12">',
              '<rect width="100%" height="100%" fill="white"/>',
              f'<text x="{left}" y="18">mIoU on CamVid val, percent: linear layer on frozen patches</text>']  # fmt: skip
     for mark in marks:

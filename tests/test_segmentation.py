@@ -163,7 +163,9 @@ def test_nothing_left_is_an_error(data: Path, encoder: Encoder) -> None:
         ("1 red\n3 green\n", ["red", "green"], [0, 2, 4, 255]),
     ],
 )
-def test_classes_have_numbers_and_the_rest_is_void(tmp_path: Path, text: str, names: list[str], void: list[int]) -> None:
+def test_classes_have_numbers_and_the_rest_is_void(
+    tmp_path: Path, text: str, names: list[str], void: list[int]
+) -> None:
     (tmp_path / "classes.txt").write_text(text)
     found = Classes.read(tmp_path / "classes.txt")
     assert found.names == names

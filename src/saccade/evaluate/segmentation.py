@@ -290,9 +290,8 @@ def _chosen(mask: UInt8[Tensor, "h w"], count: int, address: str) -> Int[Tensor,
 def _at(grid: Float[Tensor, "d y x"], mask: UInt8[Tensor, "h w"], place: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
     """What the grid, enlarged bilinearly to the mask, has at these pixels; the rest is not computed."""
     height, width = mask.shape
-    place = place.to(grid.device)
-    x, y = ((2 * at + 1) / side - 1 for at, side in ((place % width, width), (place // width, height)))
-    points = torch.stack([x, y], dim=-1).to(grid.dtype)[None, None]
+    across, down = (place % width).to(grid), (place // width).to(grid)
+    points = torch.stack([(2 * across + 1) / width - 1, (2 * down + 1) / height - 1], dim=-1)[None, None]
     found = F.grid_sample(grid[None], points, mode="bilinear", padding_mode="border", align_corners=False)
     return found[0, :, 0].T
 
