@@ -193,9 +193,7 @@ def tell(points: list[dict[str, Any]]) -> None:
     judged = judge(points)
     for name, value in judged.items():
         if isinstance(value, dict):
-            print(
-                f"{name}: {value['mean']:+.2f} ± {value['error']:.2f} over {len(judged['seeds'])} seeds (standard error)"
-            )
+            print(f"{name}: {value['mean']:+.2f} ± {value['error']:.2f} (standard error, {len(judged['seeds'])} seeds)")
     print(judged.get("verdict", "no seed has both arms yet"))
 
 

@@ -158,7 +158,7 @@ def test_nothing_left_is_an_error(data: Path, encoder: Encoder) -> None:
 @pytest.mark.parametrize(
     ("text", "names", "void"),
     [
-        ("0 red\n1 green\n2 sky (ignore)\n", ["red", "green"], [2, 3, 255]),
+        ("0 red\n1 green\n2 sky (ignore)\n", ["red", "green"], [2, 255]),
         ("void\nred\ngreen", ["red", "green"], [0, 3, 255]),
         ("1 red\n3 green\n", ["red", "green"], [0, 2, 4, 255]),
     ],

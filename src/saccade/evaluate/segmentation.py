@@ -74,7 +74,7 @@ def _miou(counts: np.ndarray) -> np.ndarray:
     right, there, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
     union = there + predicted - right
     each = np.where(there > 0, right / np.maximum(union, 1), 0.0)
-    return 100 * each.sum(axis=-1) / np.maximum((there > 0).sum(axis=-1), 1)
+    return np.asarray(100 * each.sum(axis=-1) / np.maximum((there > 0).sum(axis=-1), 1))
 
 
 def evaluate(
