@@ -307,8 +307,8 @@ class _Layer:
 
     def on(self, grid: Float[Tensor, "b d y x"]) -> Float[Tensor, "b k y x"]:
         """Logits on the grid."""
-        rows = self.standard(grid.permute(0, 2, 3, 1)) @ self.weights.weight + self.weights.bias
-        return rows.permute(0, 3, 1, 2)
+        rows = self.standard(grid.permute(0, 2, 3, 1).flatten(0, 2)) @ self.weights.weight + self.weights.bias
+        return rows.unflatten(0, (len(grid), *grid.shape[2:])).permute(0, 3, 1, 2)
 
 
 def _layer(rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, held: Tensor) -> _Layer:
