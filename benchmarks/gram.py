@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the CamVid pack: train, val and test with masks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--points", type=int, default=8, help="examinations over training, beside the first")
     parser.add_argument("--side", type=int, default=64, help="short side at which patches are examined")
     parser.add_argument("--pictures", type=int, default=183, help="of train that the linear layer learns from")
