@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
+from saccade.recipe import configure as configure_recipe
 from saccade.recipes import dino
 from saccade.settings import PretrainArguments, checked
+from saccade.tour import PICTURES
+from saccade.train import pretrain
 
 TINY = {"depth": 3, "width": 16, "heads": 2, "hidden": 24}
 
@@ -195,6 +199,24 @@ def test_the_head_gives_cosines() -> None:
     with torch.no_grad():
         head.last_layer.weight.mul_(7)
     torch.testing.assert_close(head(x), answers)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "samples", "wanted"),
+    [("dino", 1_281_167, 65536), ("dinov3", 100_000_000, 65536), ("ibot", 1_281_167, 8192), ("dinov2", 10_000, 1024),
+     ("dino", 1200, 256), ("ibot", 1, 256), ("dinov3:giant", 5000, 262_144)],
+)  # fmt: skip
+def test_prototypes_are_as_many_as_the_pictures_are_enough_for(recipe: str, samples: int, wanted: int) -> None:
+    assert configure_recipe(recipe, {})[1].fitted(samples).prototypes == wanted
+    assert configure_recipe(recipe, {"prototypes": 77})[1].fitted(samples).prototypes == 77
+
+
+def test_a_run_records_how_many_prototypes_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vit.SIZES, "nano", {"width": 16, "depth": 1, "heads": 1, "hidden": 16})
+    small = {"arch": "vit-nano/8", "image_size": 16, "local_crops": 0, "batch": 4, "steps": 1, "hidden": 8}
+    run = pretrain(PICTURES / "train.tar", recipe="dino", out=tmp_path / "run", workers=0, **small)
+    assert run.config["settings"]["prototypes"] == 512, "of some three thousand pictures"
+    assert run.summary["health"]["chance"] == pytest.approx(math.log(512))
 
 
 def naive(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -99,10 +99,12 @@ def check_queue(queue: int, crops: int) -> None:
 class Assignment(nn.Module):
     """A teacher's answers, evened out so that the samples together use many prototypes.
 
-    `centre`: the mean logits of former steps are taken out (DINO); `sinkhorn`: every prototype gets its share within
-    the batch (SwAV, DINOv2's giant, DINOv3). Few samples cannot share many prototypes: `queue` bottlenecks of former
-    steps, scored anew, stand beside them. Zeros are places of the queue that are still empty, and are left out: as
-    samples, alike to all prototypes, they would take up all that is unused and leave the batch a plain softmax.
+    `centre`: the mean logits of former steps are taken out (DINO), the mean of all samples of all ranks, where DINOv2's
+    code takes the mean of the ranks' means for patches, of which one may hide more than another; `sinkhorn`: every
+    prototype gets its share within the batch (SwAV, DINOv2's giant, DINOv3). Few samples cannot share many prototypes:
+    `queue` bottlenecks of former steps, scored anew, stand beside them. Zeros are places of the queue that are still
+    empty, and are left out: as samples, alike to all prototypes, they would take up all that is unused and leave the
+    batch a plain softmax.
     """
 
     def __init__(

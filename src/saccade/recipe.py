@@ -81,7 +81,7 @@ class Taught(Method):
 
     def chance(self) -> float:
         """Where the student tells nothing apart: ln K."""
-        return math.log(self.config.prototypes)
+        return math.log(self.config.prototypes or self.config.most_prototypes)
 
 
 class Evened(Taught):

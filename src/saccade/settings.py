@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,6 +45,10 @@ class Training(Settings):
     )
     clip: float | None = Field(None, gt=0, description="largest gradient norm of a clip group")
     seed: int = Field(0, ge=0, description="every random number follows from it")
+
+    def fitted(self, samples: int) -> Training:
+        """The settings for so many samples to learn from, where some follow from that."""
+        return self
 
     def peak(self) -> float:
         """The highest learning rate."""
@@ -102,7 +106,11 @@ class SelfDistillation(MultiCrop):
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     clip: float | None = Field(3.0, gt=0, description="largest gradient norm of a clip group")
     drop_path: float = Field(0.1, ge=0, lt=1, description="how often a residual branch of the student is left out")
-    prototypes: int = Field(65536, ge=2, description="width of a head's output")
+    prototypes: int | None = Field(
+        None,
+        ge=2,
+        description="width of a head's output; if not given, what the pictures are enough for (the paper's at most)",
+    )
     hidden: int = Field(2048, ge=1, description="width inside a head")
     head_norm: bool = Field(False, description="batch norm inside a head: for short runs")
     student_temperature: float = Field(0.1, gt=0, description="of the student's softmax")
@@ -112,6 +120,18 @@ class SelfDistillation(MultiCrop):
     momentum: float = Field(0.996, ge=0, le=1, description="what the teacher keeps a step at the start; 1 at the end")
     centre_momentum: float = Field(0.9, ge=0, lt=1, description="what the centre of the teacher's logits keeps a step")
     freeze: float = Field(0.01, ge=0, le=1, description="part of training in which the prototypes stand still")
+
+    most_prototypes: ClassVar[int] = 65536
+
+    def fitted(self, samples: int) -> SelfDistillation:
+        """Without a number of prototypes: the power of two next to an eighth of the samples, from 256 to the paper's.
+
+        On ImageNet, a million pictures, that is DINO's own number; a thousand pictures cannot tell 65,536 apart.
+        """
+        if self.prototypes is not None:
+            return self
+        power = 2 ** round(math.log2(max(samples, 1) / 8))
+        return self.model_copy(update={"prototypes": min(self.most_prototypes, max(256, power))})
 
 
 class MaskedDistillation(SelfDistillation):

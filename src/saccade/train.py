@@ -67,8 +67,8 @@ class Pretraining:
         with ranks.agreed():
             self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights)
             MicroBatches(0, 0, config.batch, config.accumulate, ranks.rank, ranks.world)  # can it be divided?
-        sizes, shares = self.source.parts()
-        self.order = Order(sizes, shares, config.seed)
+        self.config = config.fitted(len(self.source))
+        self.order = Order(*self.source.parts(), config.seed)
         self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
         began = ranks.from_first(lambda: self.run.record.get("initial", {}))
         if "revision" in began:  # a published name may mean another commit by now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,8 +26,8 @@ class Config(recipe.MaskedDistillation):
     global_scale: tuple[float, float] = Field((0.25, 1.0), description="area of a large crop, as parts of the picture")
     local_scale: tuple[float, float] = Field((0.05, 0.25), description="area of a small crop")
     local_crops: int = Field(10, ge=0, description="small crops, which only the student sees")
-    prototypes: int = Field(8192, ge=2, description="width of the head's output")
     temperature_warmup: float = Field(0.0375, gt=0, le=1, description="part of training between these two")
+    most_prototypes: ClassVar[int] = 8192
     freeze: float = Field(0.00125, ge=0, le=1, description="part of training in which the prototypes stand still")
 
     def backbone(self) -> dict[str, float | bool]:
