@@ -27,6 +27,7 @@ import torch
 from saccade import distributed
 from saccade.distributed import Ranks
 from saccade.encoder import Encoder
+from saccade.errors import SaccadeError
 from saccade.evaluate.labelled import SHARE
 from saccade.evaluate.masked import Masked, read_masked
 from saccade.evaluate.segmentation import Seen, examine
@@ -90,6 +91,8 @@ class Studied(Pretraining):
     def study(self, seed: int, arm: str, probe: Probe, requests: dict[str, bool]) -> None:
         self.seed, self.arm, self.probe = seed, arm, probe
         self.parting = self.stages[1][0]  # the end of the stage before patches are held
+        if self.parting % int(self.arguments.save_every):
+            raise SaccadeError(f"the arms part at step {self.parting}, where no point is", path="--points")
         self._look()
         self.train(requests)
         self._look(part="test")
@@ -237,7 +240,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the CamVid pack: train, val and test with masks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--points", type=int, default=8, help="examinations over training, beside the first")
     parser.add_argument("--side", type=int, default=64, help="short side at which patches are examined")
     parser.add_argument("--pictures", type=int, default=183, help="of train that the linear layer learns from")
@@ -257,7 +260,11 @@ def main() -> None:
         for arm in ARMS:
             if not probe.has(seed=seed, arm=arm, part="test"):
                 began = time.process_time()
-                run(options.data, options.out, seed, arm, settings, probe, options.steps // options.points)
+                try:
+                    run(options.data, options.out, seed, arm, settings, probe, options.steps // options.points)
+                except SaccadeError as mistake:  # also a stop on request, after which the same command goes on
+                    print(mistake, file=sys.stderr)
+                    sys.exit(mistake.code)
                 print(f"seed {seed}, {arm}: {time.process_time() - began:.0f} CPU s", flush=True)
     tell(probe.points)
     if probe.points:
