@@ -65,8 +65,6 @@ def evaluate(
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     name = str(backbone if not isinstance(backbone, Encoder) else encoder.record.get("path", "an encoder in memory"))
     if tuple(tasks) == ON_MASKS:
-        if isinstance(labelled, Source):
-            raise SaccadeError("masks are read from a folder", path="LABELLED", hint="give its path")
         found = segmentation.evaluate(encoder, labelled, group_by=group_by, seed=seed, baselines=baselines)
         return _written({"backbone": name, "data": str(labelled), **found}, out)
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)

@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.backbone import known
+from saccade.data import Source
 from saccade.draws import hash64
 from saccade.embed import Look, examining
 from saccade.encoder import Encoder, untrained
 from saccade.errors import SaccadeError, Unreadable
-from saccade.evaluate import linear
 from saccade.evaluate.labelled import SHARE
+from saccade.evaluate.linear import PENALTIES, Linear, Standard, fit
 from saccade.evaluate.masked import VOID, Masked, read_masked
 from saccade.evaluate.splits import group_names, set_apart
 
@@ -79,7 +80,7 @@ def _miou(counts: np.ndarray) -> np.ndarray:
 
 def evaluate(
     encoder: Encoder,
-    labelled: str | Path,
+    labelled: str | Path | Source,
     *,
     group_by: str | None = None,
     seed: int = 0,
@@ -91,6 +92,8 @@ def evaluate(
     Beside the encoder stand the same network untrained, the mean colour of each patch, and where a patch is (which
     looks at no picture). Pictures keep their aspect, with the short side that the encoder was loaded for.
     """
+    if isinstance(labelled, Source):
+        raise SaccadeError("masks are read from a folder", path="LABELLED", hint="give its path")
     began = time.perf_counter()
     parts = read_masked(labelled, encoder.preprocess.channels)
     train, test, warnings = parts["train"], parts["test"], list[str]()
@@ -300,8 +303,8 @@ def _at(grid: Float[Tensor, "d y x"], mask: UInt8[Tensor, "h w"], place: Int[Ten
 class _Layer:
     """A fitted linear layer on standardised features, with the penalty and its score on what was held out."""
 
-    standard: linear.Standard
-    weights: linear.Linear
+    standard: Standard
+    weights: Linear
     penalty: float
     held_out: float
 
@@ -314,17 +317,17 @@ class _Layer:
 def _layer(rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, held: Tensor) -> _Layer:
     """The penalty with the best score on the pixels held out, strong to weak as `linear` sweeps; then fitted to all."""
     held = held.to(rows.device)
-    standard = linear.Standard.of(rows[~held])
+    standard = Standard.of(rows[~held])
     rest, other, start = standard(rows[~held]), standard(rows[held]), None
-    best, best_score, since = linear.PENALTIES[0], -1.0, 0
-    for penalty in linear.PENALTIES:
-        start = linear.fit(rest, labels[~held], classes, penalty, start)
+    best, best_score, since = PENALTIES[0], -1.0, 0
+    for penalty in PENALTIES:
+        start = fit(rest, labels[~held], classes, penalty, start)
         score = float(_miou(_tally(start.predict(other), labels[held], classes)))
         best, best_score, since = (penalty, score, 0) if score > best_score else (best, best_score, since + 1)
         if since == 2:
             break
-    standard = linear.Standard.of(rows)
-    return _Layer(standard, linear.fit(standard(rows), labels, classes, best), best, best_score)
+    standard = Standard.of(rows)
+    return _Layer(standard, fit(standard(rows), labels, classes, best), best, best_score)
 
 
 def _counts(logits: Float[Tensor, "k y x"], mask: UInt8[Tensor, "h w"], classes: int) -> Int[np.ndarray, "3 k"]:
