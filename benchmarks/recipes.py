@@ -114,15 +114,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--own", action="append", default=[], help="a recipe and flags that are its own alone")
-    parser.add_argument("flags", nargs="*", help="after --: flags of `saccade pretrain`, for all recipes alike")
-    asked = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    asked, common = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]  # the rest is for all recipes alike
     torch.set_num_threads(asked.threads)
     recipes = [f"{name}:small_machine" for name in asked.recipes.split(",")]
     asked.out.mkdir(parents=True, exist_ok=True)
     plan = asked.out / "plan.json"
     if not plan.exists():
         own = {name: flags for name, *flags in (words.split() for words in asked.own)}
-        flags = {name: [*asked.flags, *own.get(name.partition(":")[0], [])] for name in recipes}
+        flags = {name: [*common, *own.get(name.partition(":")[0], [])] for name in recipes}
         seconds = cost(asked.pack, {name: settings_of(flags[name]) for name in recipes}, asked.rounds)
         plan.write_text(json.dumps({"seconds": seconds, "minutes": asked.minutes, "flags": flags}))
     planned = json.loads(plan.read_text())
