@@ -279,7 +279,8 @@ def spread_losses(
     target, patch_target = targets
     cls = cross_view(logits, target.unflatten(0, (-1, logits.shape[1])), config.student_temperature, local_weight)
     patch = losses.hidden_patches(patch_head(seen.patches[hide]), patch_target, hide, config.student_temperature)
-    total, found = cls + config.patch_weight * patch, {"cls_loss": cls, "patch_loss": patch}
+    share = (1 + local_weight * (len(logits) - 2)) / (len(logits) - 1)  # ln K stays what chance gives
+    total, found = cls + config.patch_weight * patch, {"cls_loss": cls / share, "patch_loss": patch}
     if config.koleo_weight:
         found["koleo"] = sum(losses.koleo(crop, config.koleo_group) for crop in seen.cls.chunk(2))
         total = total + config.koleo_weight * found["koleo"]

@@ -227,10 +227,7 @@ class Monitor:
         return None
 
     def _uniform(self) -> Finding | None:
-        """The teacher's answers tell nothing, so the student learns to say nothing.
-
-        The entropy alone says so, because DINOv3's loss at chance falls when small crops lose half of their weight.
-        """
+        """The teacher's answers tell nothing, so the student learns to say nothing."""
         loss = self._mean("loss")
         for name, _, what in _ANSWERS:
             entropy, top = self._mean(name), self.chance.get(name)
