@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from saccade import convnet, heads, vit
+from saccade import convnet, heads, vit, watch
 from saccade.data import Sample, Source
 from saccade.errors import SaccadeError
 from saccade.recipes import dino, dinov2, ibot
@@ -43,17 +43,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "simclr": {"arch": "resnet-nano/8", "lr": 8e-3, "hidden": 128, "projection": 32, "temperature": 0.2, "blur": 0.0},
 }  # fmt: skip
 MASKED: dict[str, Any] = {
-    "arch": "vit-nano/8", "batch": 16, "local_crops": 2, "local_size": 16, "prototypes": 256, "hidden": 64,
+    "arch": "vit-nano/8", "batch": 16, "local_crops": 0, "local_size": 16, "prototypes": 256, "hidden": 64,
     "head_norm": True, "blur": 0.0, "momentum": 0.98, "first_temperature": 0.02, "teacher_temperature": 0.02,
-    "drop_path": 0.0,
+    "drop_path": 0.0, "log_every": 5,
 }  # fmt: skip
 SPREAD: dict[str, Any] = {**MASKED, "bottleneck": 64, "layer_scale": 0.1, "layer_decay": 1.0, "koleo_group": 8}
 SMALL |= {
     "ibot": {**MASKED, "lr": 8e-3},
     "dinov2": {**SPREAD, "lr": 8e-3},
     # all stages: the anchor, the patches held to it, three times renewed, and large crops
-    "dinov3": {**SPREAD, "lr": 8e-3, "queue": 256, "anchor": 0.2, "gram": 0.5, "refresh": 0.1, "high": 0.95},
-}
+    "dinov3": {**SPREAD, "lr": 8e-3, "local_crops": 2, "queue": 256, "anchor": 0.2, "gram": 0.5, "refresh": 0.1,
+               "high": 0.95},
+}  # fmt: skip
 FIRST = ("mae", "dino", "simclr")
 TAUGHT = ("ibot", "dinov2", "dinov3")
 
@@ -143,6 +144,28 @@ class Case:
     source: type[Memory] = Memory
     broken: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
+    def names(self, history: list[dict[str, Any]]) -> list[int]:
+        """The steps at which the verdict was this one."""
+        return [entry["step"] for entry in history
+                if entry["verdict"] == self.verdict and self.words in (entry["advice"] or "")]  # fmt: skip
+
+
+@contextlib.contextmanager
+def named_once(case: Case) -> Iterator[None]:
+    """A run ends as soon as its fault is named."""
+    before = watch.Watch.judge
+
+    def judge(self: Any, entry: dict[str, Any]) -> None:
+        before(self, entry)
+        if case.verdict != "healthy" and case.names(self.monitor.history):
+            raise SaccadeError("named")
+
+    watch.Watch.judge = judge  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        watch.Watch.judge = before  # type: ignore[method-assign]
+
 
 HOT, PAPER = ({f"{name}_temperature": t for name in ("first", "teacher")} for t in (1.0, 0.04))
 BARE = {"head_norm": False, "steps": 120}
@@ -158,7 +181,8 @@ FAULTS = [
       for recipe in TAUGHT),
     *(Case("rate too high", recipe, "diverged", "--lr", {"lr": 8.0, "steps": 120}) for recipe in TAUGHT),
     *(Case("duplicates", recipe, "constant_features", "the same", {"steps": 60}, Duplicates) for recipe in TAUGHT),
-    Case("no centring of patches", "ibot", "constant_features", "hidden patch", BARE, broken=uncentred(ibot, "centres", 1)),
+    Case("no centring of patches", "ibot", "constant_features", "hidden patch", BARE,
+         broken=uncentred(ibot, "centres", 1)),
     Case("no centring of patches", "dinov2", "constant_features", "hidden patch", BARE | {"separate_heads": True},
          broken=uncentred(dinov2, "assign.patch.centre")),
     Case("patches not evened out", "dinov3", "constant_features", "hidden patch", BARE, broken=uneven_patches),
@@ -183,12 +207,11 @@ def healthy() -> list[Case]:
 def run(case: Case, pictures: list[torch.Tensor], out: Path) -> dict[str, Any]:
     """What the run's monitor said: its verdicts by step, and the last one."""
     settings, began = {**SHARED, **SMALL[case.recipe], **case.settings}, time.monotonic()
-    with case.broken(), contextlib.suppress(SaccadeError):  # a run that diverges ends so
+    with case.broken(), named_once(case), contextlib.suppress(SaccadeError):  # a run that diverges ends so
         pretrain(case.source(pictures), recipe=case.recipe, out=out, **settings)
     record = Run(out).record
-    found = record["summary"]["health"] if "summary" in record else record["health"]
-    named = [entry["step"] for entry in found["history"]
-             if entry["verdict"] == case.verdict and case.words in (entry["advice"] or "")]  # fmt: skip
+    found = record["summary"]["health"] if "summary" in record else record.get("health", {"history": []})
+    named = case.names(found["history"])
     right = not found["history"] if case.verdict == "healthy" else bool(named) and named[0] <= WARMUP + LIMIT
     return {"name": case.name, "recipe": case.recipe, "right": right, "step": named[0] if named else None,
             "seconds": round(time.monotonic() - began, 1), **found}  # fmt: skip

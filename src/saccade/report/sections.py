@@ -159,9 +159,13 @@ def training(run: Run) -> Section | None:
     if not drawn:
         return None
     steps = run.record.get("steps") or entries[-1]["step"]
-    stages = f" Dotted upright lines: a stage begins (after step {', '.join(map(str, begins))})." if begins else ""
-    return Section("Training", f"{plural(steps, 'step')}. A faint line is what was logged, a strong one its mean over "
-                   f"the steps around; a value shows when the pointer rests on a curve.{stages}", [Charts(drawn)])  # fmt: skip
+    lede = (
+        f"{plural(steps, 'step')}. A faint line is what was logged, a strong one its mean over the steps around; "
+        "a value shows when the pointer rests on a curve."
+    )
+    if begins:
+        lede += f" Dotted upright lines: a stage begins (after step {', '.join(map(str, begins))})."
+    return Section("Training", lede, [Charts(drawn)])
 
 
 def live(run: Run) -> Section | None:
