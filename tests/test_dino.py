@@ -265,12 +265,28 @@ def test_concentration_knows_the_extremes() -> None:
     assert found[2] == pytest.approx({"teacher_entropy": 0, "prototype_use": 1})
 
 
+def test_concentration_of_patches_is_apart_and_of_some() -> None:
+    whole = torch.full((6, 8), 1 / 8)
+    for patches, entropy, use in (
+        (torch.full((40, 4), 1 / 4), math.log(4), 1),
+        (torch.eye(4)[[3] * 40], 0, 1 / 4),
+        (torch.eye(4)[[0, 1] * 3], 0, 1 / 2),
+        (torch.empty(0, 4), 0, 1 / 4),  # nothing is hidden
+    ):
+        found = heads.concentration(whole, patches)
+        assert found["teacher_entropy"].item() == pytest.approx(math.log(8))
+        assert found["patch_entropy"].item() == pytest.approx(entropy, abs=1e-6)
+        assert found["patch_use"].item() == pytest.approx(use)
+    many = torch.cat([torch.eye(4)[[0] * 12], torch.eye(4)[[1] * 12]])  # the first ones are not the only ones
+    assert heads.concentration(whole, many)["patch_use"].item() == pytest.approx(1 / 2)
+
+
 def test_a_student_that_tells_nothing_apart_is_at_chance() -> None:
     method = build(configure())
     with torch.no_grad():
         method.student["head"].last_layer.weight.fill_(1.0)
     loss, _ = method(seen(4, method.config), torch.tensor(0.0))
-    assert loss.item() == pytest.approx(method.chance(), rel=1e-5) == pytest.approx(math.log(32), rel=1e-5)
+    assert loss.item() == pytest.approx(method.chance()["loss"], rel=1e-5) == pytest.approx(math.log(32), rel=1e-5)
 
 
 # A step

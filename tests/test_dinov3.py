@@ -100,6 +100,17 @@ def test_the_weight_of_the_anchor_rises_and_small_crops_lose_half() -> None:
     assert without < base  # half of what small crops cost is gone
 
 
+def test_chance_is_the_same_in_all_stages() -> None:
+    for stage, t in (("first", 0.1), ("held", 0.5)):
+        made = method(stage)
+        for name, parameter in made.named_parameters():
+            if "last_layer" in name:
+                torch.nn.init.ones_(parameter)
+        _, metrics = made(views(stage), torch.tensor(t))
+        for name in ("cls_loss", "teacher_entropy", "patch_entropy"):
+            assert metrics[name].item() == pytest.approx(made.chance()[name], rel=1e-4), (stage, name)
+
+
 def test_the_anchor_sees_the_same_crops_finer_in_their_own_colours() -> None:
     plain = {"colour": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0}
     seen = views("held", **plain)

@@ -243,6 +243,23 @@ def test_patches_count_as_pictures_and_whole_pictures_as_zero() -> None:
     torch.testing.assert_close(found, (each[0] + each[1:].mean()) / 4)
 
 
+@pytest.mark.parametrize(
+    ("page", "changes", "patches"), [(ibot, {}, 32), (dinov2, {"separate_heads": True, "patch_prototypes": 48}, 48)]
+)
+def test_where_nothing_is_told_apart_metrics_are_at_chance(page: Any, changes: dict[str, Any], patches: int) -> None:
+    method = build(page, **changes)
+    for name, parameter in method.named_parameters():
+        if "last_layer" in name:
+            torch.nn.init.ones_(parameter)
+    _, metrics = method(batch(0), START)
+    chance = method.chance()
+    assert chance == {"cls_loss": math.log(32), "teacher_entropy": math.log(32),
+                      "patch_loss": math.log(patches) / 2, "patch_entropy": math.log(patches)}  # fmt: skip
+    assert {name: metrics[name].item() for name in chance} == pytest.approx(chance)
+    for off in ({"masked": 0.0}, {"patch_weight": 0.0}):
+        assert list(build(page, **changes, **off).chance()) == ["cls_loss", "teacher_entropy"]
+
+
 # Ranks
 
 KINDS = {

@@ -266,13 +266,22 @@ def cross_view(
     return (spread - agreement) / (samples * seen * (views - 1))
 
 
-def concentration(probabilities: Float[Tensor, "b k"]) -> dict[str, Float[Tensor, ""]]:
+def concentration(
+    probabilities: Float[Tensor, "b k"], patches: Float[Tensor, "m l"] | None = None
+) -> dict[str, Float[Tensor, ""]]:
     """How sharp a teacher's answers are, as their mean entropy in nats, and which part of the K prototypes they use.
 
     The part is exp(entropy of the mean answer) / K: 1 where all are used alike, 1/K where every answer is the same one.
+    The same of hidden `patches`, of about as many as there are class tokens.
     """
     used = torch.special.entr(probabilities.mean(0)).sum().exp() / probabilities.shape[1]
-    return {"teacher_entropy": torch.special.entr(probabilities).sum(1).mean(), "prototype_use": used}
+    found = {"teacher_entropy": torch.special.entr(probabilities).sum(1).mean(), "prototype_use": used}
+    if patches is not None:
+        some = patches[:: max(1, len(patches) // len(probabilities))]
+        count = max(1, len(some))  # there may be none
+        used = torch.special.entr(some.sum(0) / count).sum().exp() / some.shape[1]
+        found |= {"patch_entropy": torch.special.entr(some).sum() / count, "patch_use": used}
+    return found
 
 
 def student_answers(
@@ -317,8 +326,9 @@ def spread_losses(
     target, patch_target = targets
     cls = cross_view(logits, target.unflatten(0, (-1, logits.shape[1])), config.student_temperature, local_weight)
     patch = losses.hidden_patches(patch_head(seen.patches[hide]), patch_target, hide, config.student_temperature)
-    total, found = cls + config.patch_weight * patch, {"cls_loss": cls, "patch_loss": patch}
+    share = (1 + local_weight * (len(logits) - 2)) / (len(logits) - 1)  # ln K stays what chance gives
+    total, found = cls + config.patch_weight * patch, {"cls_loss": cls / share, "patch_loss": patch}
     if config.koleo_weight:
         found["koleo"] = sum(losses.koleo(crop, config.koleo_group) for crop in seen.cls.chunk(2))
         total = total + config.koleo_weight * found["koleo"]
-    return total, {name: value.detach() for name, value in found.items()} | concentration(target)
+    return total, {name: value.detach() for name, value in found.items()} | concentration(target, patch_target)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
-from saccade.heads import Assignments
+from saccade.heads import Assignments, DINOHead
 from saccade.optim import Group
 from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, SpreadDistillation, Training, checked, flag
 
@@ -57,12 +57,12 @@ class Method(nn.Module, ABC):
         """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
         return None
 
-    def chance(self) -> float | None:
-        """The loss of a method that tells nothing apart, such as ln K over K prototypes; None where there is none.
+    def chance(self) -> dict[str, float]:
+        """What metrics are, by name, where nothing is told apart, such as a loss of ln K over K prototypes.
 
-        Where a loss has several parts, that of the part which `forward` logs as `cls_loss`.
+        It is the same in all stages. Where a loss has several parts, `cls_loss` stands for it.
         """
-        return None
+        return {}
 
     def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:
         """Pictures in [0, 1] that the report shows beside the views, by caption: what this method makes of a batch."""
@@ -79,9 +79,18 @@ class Taught(Method):
         """The teacher's backbone: it is ahead of the student's."""
         return self.teacher["backbone"]
 
-    def chance(self) -> float:
-        """Where the student tells nothing apart: ln K."""
-        return math.log(self.config.prototypes or self.config.most_prototypes)
+    def chance(self) -> dict[str, float]:
+        """ln K, of class tokens' answers and, where patches are hidden, of theirs; whole crops count as zero there."""
+        whole, patches = (
+            math.log(cast(DINOHead, self.teacher[name if name in self.teacher else "head"]).last_layer.out_features)
+            for name in ("head", "patch_head")
+        )
+        if not isinstance(self.config, MaskedDistillation):
+            return {"loss": whole, "teacher_entropy": whole}
+        found = {"cls_loss": whole, "teacher_entropy": whole}
+        if self.config.masked and self.config.patch_weight:
+            found |= {"patch_loss": self.config.masked * patches, "patch_entropy": patches}
+        return found
 
 
 class Evened(Taught):

@@ -84,7 +84,8 @@ class Method(recipe.Taught):
         views_of = [rows.unflatten(0, (-1, samples)) for rows in (logits, target)]
         loss = heads.cross_view(*views_of, temperature)
         patch_loss = losses.hidden_patches(patch_logits, patch_target, hide, temperature)
-        metrics = {"cls_loss": loss.detach(), "patch_loss": patch_loss.detach(), **heads.concentration(target)}
+        concentration = heads.concentration(target, patch_target)
+        metrics = {"cls_loss": loss.detach(), "patch_loss": patch_loss.detach(), **concentration}
         return loss + config.patch_weight * patch_loss, metrics
 
     @torch.no_grad()

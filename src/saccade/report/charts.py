@@ -181,11 +181,13 @@ def chart(
     floor: float | None = None,
     percent: bool = False,
     level: tuple[str, float] | None = None,
+    begins: Sequence[float] = (),
 ) -> Chart | None:
     """A curve over steps, or None where no value is finite.
 
     `floor` is a value that the axis includes; without one it fits the curve, by powers of ten where that spans a
     hundredfold. `percent` writes parts of 1 as percent. `level` is a dashed line with a name, such as chance's loss.
+    `begins` are steps at which something new begins: dotted upright lines.
     """
     points = line.points
     if not points:
@@ -193,6 +195,11 @@ def chart(
     lost = len(line.values) - len(points)
     x, y = _axes([*points, (points[0][0], level[1])] if level else points, floor)
     parts = _grid(x, y, percent)
+    for step in begins:
+        if points[0][0] <= step <= points[-1][0]:
+            parts.append(
+                f'<line class="begin" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+            )
     if level:
         at = y(level[1])
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
