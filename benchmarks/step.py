@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
 import math
 import platform
@@ -344,6 +343,7 @@ def dinov2_lightly(crops: list[Tensor], compiled: bool, drop: float) -> Contende
     from timm.models.vision_transformer import vit_small_patch16_224
 
     batch, device = len(crops[0]), crops[0].device
+
     def build() -> nn.ModuleDict:
         network = vit_small_patch16_224(pos_embed="learn", dynamic_img_size=True, init_values=1e-5, num_classes=0)
         network = MaskedVisionTransformerTIMM(network, antialias=False, pos_embed_initialization="skip")

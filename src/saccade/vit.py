@@ -227,9 +227,7 @@ def kept(drop: Float[Tensor, "b branches"], device: torch.device) -> list[Kept]:
         return [(None, factors) for factors in drop.to(device).unbind(1)]
     counts, order = (drop != 0).sum(0).tolist(), torch.argsort((drop == 0).byte(), dim=0, stable=True)
     factors, order = (part.T.to(device, non_blocking=True) for part in (drop.gather(0, order), order))
-    return [
-        (None if n == len(drop) else rows[:n], by[:n]) for n, rows, by in zip(counts, order, factors, strict=True)
-    ]
+    return [(None if n == len(drop) else rows[:n], by[:n]) for n, rows, by in zip(counts, order, factors, strict=True)]
 
 
 def initialise(module: nn.Module, kind: Initial) -> None:

@@ -82,7 +82,7 @@ def _become(rank: int, port: int, said: Path, request: dict[str, Any]) -> None:
     code = 0
     try:
         settings = {"workers": 0, "log_every": 1, "save_every": "3", **request["settings"]}
-        pretrain(request["data"], recipe="growing", out=request["out"], **settings)
+        pretrain(request["data"], out=request["out"], **{"recipe": "growing", **settings})
     except SaccadeError as mistake:
         if not mistake.said_elsewhere:
             print(f"saccade: {mistake}", file=sys.stderr)
@@ -142,6 +142,8 @@ if __name__ == "__main__":
     import saccade.recipes.growing
 
     import saccade.train
+    from saccade import vit
 
+    vit.SIZES["7b"] |= {"width": 48, "depth": 4, "heads": 3, "hidden": 96}  # narrowed, with the same switches
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
