@@ -4,9 +4,9 @@
 
 Fully sharded (`--sharding fsdp`), weights in float32, products in bfloat16. Exact: the parameters of the method as it
 is built, and from them the gigabytes of a rank: weights (student, teacher, anchor), gradients, AdamW's two moments,
-and `in use`, which lies unsharded beside them (everything that is no block, such as the heads, all through a step; a block in use
-with its gradients, and the next one on its way). Estimated: activations of one picture (two large crops,
-eight small ones) that the student keeps for its gradients, of the branches that stochastic depth does not leave out.
+and `in use`, which lies unsharded beside them: everything that is no block, such as the heads, all through a step, a
+block with its gradients, and the next one on its way. Estimated: activations of one picture (two large crops, eight
+small ones) that the student keeps for its gradients, of the branches that stochastic depth does not leave out.
 """
 
 from __future__ import annotations

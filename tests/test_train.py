@@ -15,6 +15,7 @@ from saccade import recipe, train
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.model import Model
+from saccade.run import holding
 from saccade.settings import PretrainArguments
 
 
@@ -42,8 +43,10 @@ def test_minutes_weigh_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     page, config = recipe.configure("growing", {"minutes": 10})
     arguments = PretrainArguments(data=("toy",), recipe="growing", out=str(tmp_path / "run"), workers=0)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    made = train.Pretraining(page, config, arguments, [Pictures(24)], ranks)
+    with holding():
+        made = train.Pretraining(page, config, arguments, [Pictures(24)], ranks)
     assert steps == [16] * 8 + [24] * 3
     assert made.steps == (600 - 17) // 2 == 291 and made.step == 0
-    again = train.Pretraining(page, config, arguments, [Pictures(24)], ranks)
+    with holding():
+        again = train.Pretraining(page, config, arguments, [Pictures(24)], ranks)
     assert (again.steps, len(steps)) == (291, 11), "the record remembers"
