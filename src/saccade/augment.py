@@ -224,6 +224,8 @@ def multi_crop(
 ) -> Batch:
     """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
 
+    The words stay on the CPU, which thereby knows how much is left in (`vit.kept`).
+
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
     large crops in this size and in their own colours, as `plain` [2B C P P]. `stretch`: also words for RoPE, the same
     for all large crops of a step and for all small ones. Every first axis is view-major.
@@ -245,11 +247,10 @@ def multi_crop(
     if few:
         small = blur(small, draws.sample("blur"), probability=blurred[2] * config.blur)
         made["locals"] = render(batch["pixels"], small, config.local_size)
-    by_chance = {"drop": draws.step("drop").bits(2 + few).T.flatten()}
     if stretch:
         words = draws.step("stretch").shared(2).mul(2**24).long()
-        by_chance["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size))
-    return made | {name: rows.to(batch["pixels"].device) for name, rows in by_chance.items()}
+        made["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size)).to(batch["pixels"].device)
+    return made | {"drop": draws.step("drop").bits(2 + few).T.flatten()}
 
 
 def render(

@@ -30,7 +30,7 @@ class Training(Settings):
     steps: int | None = Field(None, ge=1, description="length in optimizer steps")
     epochs: float | None = Field(None, gt=0, description="length in passes over the data")
     minutes: float | None = Field(
-        None, gt=0, description="length in minutes: the first steps are timed, then steps are fixed"
+        None, gt=0, description="length in minutes: some steps of each stage are timed, then steps are fixed"
     )
     batch: int = Field(256, ge=1, description="samples an optimizer step, over all ranks and accumulation together")
     accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")

@@ -101,40 +101,41 @@ class Pretraining:
         if self.config.steps is not None:
             return self.config.steps
         if self.config.epochs is None:
-            raise self.ranks.shared(
-                SaccadeError("how long?", path="--steps", hint="give --steps, --epochs or --minutes")
-            )
+            hint = "give --steps, --epochs or --minutes"
+            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint=hint))
         return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
 
     def _measure_steps(self) -> int:
-        """Times the first steps on a model that is then thrown away; the record remembers, so a run has one length."""
+        """Times some steps of every stage, each weighing its share; the record remembers, so a run has one length."""
         if "steps" in self.run.record:
             return int(self.run.record["steps"])
-        self._load(1_000_000, save=False)
         budget, start = 60 * (self.config.minutes or 0), time.monotonic()
-        times: list[float] = []
-        batches = self._batches(self._deliveries(0, 1_000_000))
-        while not self.ranks.highest(len(times) >= 3 and time.monotonic() - start > min(15, budget / 12)):
-            began = time.monotonic()
-            float(self.model.step(batches, 0.0)["loss"])  # waits for the device
-            times.append(time.monotonic() - began)
-        del batches  # and its workers
-        typical = statistics.median(times[1:])  # the first one warms up
-        left = budget - (time.monotonic() - start)
-        steps = self.ranks.from_first(lambda: max(1, int(left / typical)))
-        self.stage = -1
-        return steps
+        deliveries, stages = self._deliveries(0, 1_000_000), self.page.stages(self.config)
+        kinds = [config for n, (_, config) in enumerate(stages) if config not in [before for _, before in stages[:n]]]
+        seconds = [self._time(config, deliveries, min(15, budget / 12) / len(kinds)) for config in kinds]
+        parts = zip((0.0, *(until for until, _ in stages)), stages, strict=False)
+        typical = sum((until - begin) * seconds[kinds.index(config)] for begin, (until, config) in parts)
+        return self.ranks.from_first(lambda: max(1, int((budget - (time.monotonic() - start)) / typical)))
 
-    def _load(self, steps: int, save: bool = True) -> None:
+    def _time(self, config: Training, deliveries: Iterator[Delivery], patience: float) -> float:
+        """Seconds that a step of a stage typically takes, on a model that is then thrown away."""
+        self.model = Model(self.page, config, self.arguments, self.ranks)
+        batches, times, start = self._batches(deliveries), list[float](), time.monotonic()
+        while not self.ranks.highest(len(times) >= 3 and time.monotonic() - start > patience):
+            began = time.monotonic()
+            float(self.model.step(batches, 0.5)["loss"])  # nothing is frozen half way; waits for the device
+            times.append(time.monotonic() - began)
+        return statistics.median(times[1:])  # the first one warms up
+
+    def _load(self, steps: int) -> None:
         """The model at the newest good checkpoint, or at the start."""
         self.steps = steps
         ends = [round(until * steps) for until, _ in self.page.stages(self.config)]
         if sorted({0, *ends})[1:] != ends:
-            raise self.ranks.shared(SaccadeError(
-                f"{steps} steps leave a stage of {self.page.name} without one", path="--steps", hint="give more"
-            ))  # fmt: skip
+            said = f"{steps} steps leave a stage of {self.page.name} without one"
+            raise self.ranks.shared(SaccadeError(said, path="--steps", hint="give more"))
         self.stages = list(zip(ends, (config for _, config in self.page.stages(self.config)), strict=True))
-        found = self.ranks.from_first(lambda: self.run.newest(self.progress.say)) if save else None
+        found = self.ranks.from_first(lambda: self.run.newest(self.progress.say))
         self.step = found[1]["step"] if found else 0
         self._enter(next(n for n, end in enumerate(ends) if max(self.step, 1) <= end))
         if found:
@@ -142,12 +143,11 @@ class Pretraining:
             if self.model.scaler.is_enabled():
                 self.model.scaler.load_state_dict(found[1]["scaler"])
             self.progress.say(f"going on at step {self.step} of {steps}")
-        if save:
-            self.quarantine = Quarantine(
-                self.run.path / "quarantine.jsonl", self.arguments.max_unreadable, len(self.source)
-            )
-            self._before = self.ranks.from_first(self._begin)
-            self.watch.begin(self.model, steps, self.progress.say)
+        self.quarantine = Quarantine(
+            self.run.path / "quarantine.jsonl", self.arguments.max_unreadable, len(self.source)
+        )
+        self._before = self.ranks.from_first(self._begin)
+        self.watch.begin(self.model, steps, self.progress.say)
 
     def _begin(self) -> float:
         """Puts the directory in order; the seconds of the sessions before."""
@@ -181,7 +181,7 @@ class Pretraining:
 
     def _batches(self, deliveries: Iterator[Delivery], note: bool = False) -> Iterator[Batch]:
         """Views on the device, in order; the time spent waiting for data is counted on the way."""
-        config = self.stages[self.stage][1]
+        config = self.model.config
         while True:
             began = time.monotonic()
             delivery = next(deliveries, None)

@@ -45,6 +45,8 @@ Rows = slice | Tensor | None
 """Which tokens of a sequence are computed: all (None), a run of them, or [B K] of them by index."""
 Rope = tuple[Tensor, Tensor] | None
 """Sines and cosines by which queries and keys are turned: [1 or B, N, E]."""
+Kept = tuple[Tensor | None, Tensor] | None
+"""Samples of which a residual branch is computed, by index (None: all of them), and its factors; None: just added."""
 
 
 class Features(NamedTuple):
@@ -216,6 +218,19 @@ def stochastic_depth(rows: Int[Tensor, " b"], rates: list[float]) -> Float[Tenso
     return (Stream(rows, 0).uniform(len(rates)) >= rate) / (1 - rate)
 
 
+def kept(drop: Float[Tensor, "b branches"], device: torch.device) -> list[Kept]:
+    """Of which samples each branch is computed: of those whose factor is not 0 (DINOv2, arXiv 2304.07193).
+
+    `drop` is best on the CPU: how many there are is asked here, and a GPU would have to be waited for. A compiled graph
+    has fixed shapes, and computes all.
+    """
+    if torch.compiler.is_compiling():
+        return [(None, factors) for factors in drop.to(device).unbind(1)]
+    counts, order = (drop != 0).sum(0).tolist(), torch.argsort((drop == 0).byte(), dim=0, stable=True)
+    factors, order = (part.T.to(device, non_blocking=True) for part in (drop.gather(0, order), order))
+    return [(None if n == len(drop) else rows[:n], by[:n]) for n, rows, by in zip(counts, order, factors, strict=True)]
+
+
 def initialise(module: nn.Module, kind: Initial) -> None:
     """Set the matrices, biases and norms below `module`: truncated normal of 0.02 (ViT, DINO) or Xavier uniform (MAE).
 
@@ -377,15 +392,30 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else Scale(width, layer_scale)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, drop: Float[Tensor, "b 2"] | None = None
+        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, drop: tuple[Kept, Kept] = (None, None)
     ) -> Tensor:
-        """With `rows`, only those tokens come out: [B K D]. `drop` are factors of the two branches."""
-        x = self._add(take(x, rows), self.ls1(self.attn(self.norm1(x), rope, rows)), drop, 0)
-        return self._add(x, self.ls2(self.mlp(self.norm2(x))), drop, 1)
+        """With `rows`, only those tokens come out: [B K D]. `drop`: which samples each of the two branches is for."""
+        some = None if drop[0] is None else drop[0][0]
+        turned = None if rope is None else tuple(part if len(part) == 1 else _some(part, some) for part in rope)
+        asked = _some(rows, some) if isinstance(rows, Tensor) else rows
+        branch = self.ls1(self.attn(self.norm1(_some(x, some)), turned, asked))
+        x = self._add(take(x, rows), branch, drop[0])
+        some = None if drop[1] is None else drop[1][0]
+        return self._add(x, self.ls2(self.mlp(self.norm2(_some(x, some)))), drop[1])
 
     @staticmethod
-    def _add(x: Tensor, branch: Tensor, drop: Tensor | None, number: int) -> Tensor:
-        return x + branch if drop is None else torch.addcmul(x, branch, drop[:, number, None, None].to(branch.dtype))
+    def _add(x: Tensor, branch: Tensor, drop: Kept) -> Tensor:
+        if drop is None:
+            return x + branch
+        some, factors = drop
+        factors = factors[:, None, None].to(branch.dtype)
+        if some is None:
+            return torch.addcmul(x, branch, factors)
+        return x.index_add(0, some, (branch * factors).to(x.dtype))
+
+
+def _some(x: Shaped[Tensor, "b ..."], samples: Tensor | None) -> Shaped[Tensor, "k ..."]:
+    return x if samples is None else x.index_select(0, samples)
 
 
 class AttentionPool(nn.Module):
@@ -612,12 +642,13 @@ class ViT(nn.Module):
         keep: patches that are seen, by index into the grid; the others cost nothing.
         hide: patches that become the mask token.
         tokens: what the last block computes: everything, one kind, or the class token and these patches by index.
-        drop: factors of each sample's residual branches, two a block (`stochastic_depth`).
+        drop: factors of each sample's residual branches, two a block (`stochastic_depth`); best on the CPU (`kept`).
         stretch: factors of RoPE's coordinates, one a block (DINOv3's augmentation in training).
         norm: stands for the last norm where only the class token is computed (DINOv3's, of small crops in training).
         """
         x, rope, positions, grid = self._enter(images, keep, hide)
-        drops = [None] * len(self.blocks) if drop is None else drop.split(2, 1)
+        branches = [None] * self.branches if drop is None else kept(drop, x.device)
+        drops = list(zip(branches[::2], branches[1::2], strict=True))
         ropes = [rope] * len(self.blocks) if stretch is None else [self._rope(grid, keep, by) for by in stretch]
         for block, turned, dropped in zip(self.blocks[:-1], ropes, drops, strict=False):
             x = block(x, turned, drop=dropped)

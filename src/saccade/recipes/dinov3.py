@@ -52,8 +52,9 @@ class Config(recipe.SpreadDistillation):
         return 0.6 if t >= self.gram else min(1.0, t / max(self.warmup, 1e-12))
 
     def backbone(self) -> dict[str, Any]:
-        """As released: rotated positions, registers, keys without bias."""
-        rope = {"position": "rope", "eps": 1e-5, "qkv_bias": "k_masked", "mask_token": True}
+        """As released: rotated positions, registers, keys without bias (the 7B: nor queries and values)."""
+        bias = vit.SIZES[vit.parse(self.arch)[0]].get("qkv_bias", "k_masked")
+        rope = {"position": "rope", "eps": 1e-5, "qkv_bias": bias, "mask_token": True}
         return {"layer_scale": self.layer_scale, "registers": self.registers, **rope}
 
     def canvas(self) -> int:
@@ -138,11 +139,8 @@ class Method(recipe.Evened):
     def anchored(self, images: Tensor, grid: tuple[int, ...]) -> Float[Tensor, "b n d"]:
         """The anchor's patches of crops in their own colours and finer, on the student's grid."""
         seen = self.anchor(images, tokens="patches")
-        return (
-            F.interpolate(seen.patches.mT.unflatten(2, seen.grid), size=grid, mode="bicubic", align_corners=False)
-            .flatten(2)
-            .mT
-        )
+        plane = seen.patches.mT.unflatten(2, seen.grid)
+        return F.interpolate(plane, size=grid, mode="bicubic", align_corners=False).flatten(2).mT
 
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """The teacher follows its student at a constant pace; the queue takes this step in."""
