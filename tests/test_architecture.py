@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     **dict.fromkeys(["errors", "settings", "data", "sources", "draws", "decode", "augment", "masking"], 0),
     **dict.fromkeys(
-        ["vit", "linear", "convnet", "backbone", "text", "heads", "losses", "norm", "optim", "distributed"], 0
+        ["depth", "vit", "linear", "convnet", "backbone", "text", "heads", "losses", "norm", "optim", "distributed"], 0
     ),
     "recipe": 1,
     "recipes": 2,

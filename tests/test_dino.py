@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade import augment, backbone, heads, model, optim, recipe, vit
+from saccade import augment, backbone, depth, heads, model, optim, recipe, vit
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.draws import Draws
@@ -126,15 +126,15 @@ def test_many_channels_and_no_small_crops() -> None:
 
 def test_depth_is_dropped_as_often_as_asked_and_keeps_the_mean() -> None:
     rates = [0.0, 0.0, 0.25, 0.25, 0.5, 0.5]
-    factors = vit.stochastic_depth(draws(20000).step("drop").bits(1)[:, 0], rates)
+    factors = depth.stochastic_depth(draws(20000).step("drop").bits(1)[:, 0], rates)
     assert factors is not None and factors.shape == (20000, 6)
     for column, rate in zip(factors.unbind(1), rates, strict=True):
         assert share(column == 0) == pytest.approx(rate, abs=0.015)
         assert column[column > 0].unique().tolist() == pytest.approx([1 / (1 - rate)])
         assert column.mean().item() == pytest.approx(1, abs=0.03)
     assert share((factors[:, 4] == 0) & (factors[:, 5] == 0)) == pytest.approx(0.25, abs=0.015), "each by itself"
-    assert vit.stochastic_depth(torch.zeros(3, dtype=torch.long), [0.0] * 6) is None
-    assert vit.stochastic_depth(torch.zeros(3, dtype=torch.long), []) is None
+    assert depth.stochastic_depth(torch.zeros(3, dtype=torch.long), [0.0] * 6) is None
+    assert depth.stochastic_depth(torch.zeros(3, dtype=torch.long), []) is None
 
 
 @pytest.mark.parametrize("switches", [{}, {"layer_scale": 0.5}, {"cls": False, "pooling": "mean"}, {"pooling": "map"}])

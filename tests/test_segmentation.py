@@ -127,11 +127,11 @@ def _spoil(data: Path) -> dict[str, str]:
     (masks / "0.png").unlink()
     Image.new("L", (9, 9)).save(masks / "1.png")
     Image.fromarray(np.full((16, 24), 37, dtype=np.uint8)).save(masks / "2.png")
-    Image.new("P", (24, 16)).save(masks / "3.png")
+    Image.new("LA", (24, 16)).save(masks / "3.png")
     Image.new("RGB", (24, 16)).save(masks / "4.png")
     (data / "test" / "masks" / "0.png").write_bytes(b"\x89PNG no")
     said = {"train/images/0": "no mask", "train/images/1": "9x9", "train/images/2": "value 37"}
-    return said | {"train/images/3": "palette", "train/images/4": "colours", "test/images/0": "cannot be read"}
+    return said | {"train/images/3": "LA", "train/images/4": "colours", "test/images/0": "cannot be read"}
 
 
 def test_bad_masks_are_named_and_set_aside(data: Path, encoder: Encoder) -> None:
@@ -141,6 +141,16 @@ def test_bad_masks_are_named_and_set_aside(data: Path, encoder: Encoder) -> None
     assert result["quarantined"] == len(said) and told.keys() == said.keys()
     assert all(words in told[key] for key, words in said.items())
     assert result["split"]["train"] == 5 and result["split"]["test"] == 3
+
+
+def test_the_numbers_of_a_palette_are_classes(data: Path, encoder: Encoder) -> None:
+    grey = segmentation.evaluate(encoder, data, baselines=False)["segmentation"]
+    for mask in data.glob("*/masks/*.png"):
+        values = Image.open(mask)
+        painted = Image.frombytes("P", values.size, values.tobytes())
+        painted.putpalette([9, 200, 30] * 256)
+        painted.save(mask)
+    assert segmentation.evaluate(encoder, data, baselines=False)["segmentation"] == grey
 
 
 def test_nothing_left_is_an_error(data: Path, encoder: Encoder) -> None:

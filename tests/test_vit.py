@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from saccade import vit
+from saccade import depth, vit
 from saccade.errors import SaccadeError
 from saccade.linear import _MATRIX, Linear, linear, packing
 
@@ -330,7 +330,7 @@ def test_depth_is_computed_where_it_is_kept(
         torch.nn.init.normal_(parameter, std=0.3)
     images, keep = torch.rand(5, 3, 16, 16, dtype=torch.float64), torch.rand(5, 16).argsort(1)[:, :9]
     tokens = torch.rand(5, 9).argsort(1)[:, :4] if asked == "some" else asked
-    drop = vit.stochastic_depth(torch.arange(5) * 7919 + 3, [0.5] * 6)
+    drop = depth.stochastic_depth(torch.arange(5) * 7919 + 3, [0.5] * 6)
     assert drop is not None and 0 < (drop == 0).sum() < drop.numel()
     drop[:, 2] = 0.0
     rows = []

@@ -224,7 +224,7 @@ def multi_crop(
 ) -> Batch:
     """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
 
-    The words stay on the CPU, which thereby knows how much is left in (`vit.kept`).
+    The words stay on the CPU, which thereby knows how much is left in (`depth.kept`).
 
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
     large crops in this size and in their own colours, as `plain` [2B C P P]. `stretch`: also words for RoPE, the same

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from saccade import distributed, losses, vit
+from saccade import depth, distributed, losses, vit
 from saccade.data import Batch
 from saccade.draws import Stream
 from saccade.errors import SaccadeError
@@ -302,7 +302,7 @@ def student_answers(
         if stretch > 1 and len(rows):
             u = Stream(batch["stretch"][first : first + 1], 0).uniform(backbone.config.depth)
             by = torch.exp((2 * u[0] - 1) * math.log(stretch))
-        how.append({"drop": vit.stochastic_depth(rows, rates), "stretch": by})
+        how.append({"drop": depth.stochastic_depth(rows, rates), "stretch": by})
     seen = backbone(whole, hide=batch["hide"], **how[0])
     tokens = [seen.cls]
     if sizes[1]:

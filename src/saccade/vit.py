@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from saccade.draws import Stream
+from saccade.depth import Kept, kept
 from saccade.errors import SaccadeError, nearest
 from saccade.linear import Linear, attend, linear
 from saccade.settings import Settings
@@ -45,8 +45,6 @@ Rows = slice | Tensor | None
 """Which tokens of a sequence are computed: all (None), a run of them, or [B K] of them by index."""
 Rope = tuple[Tensor, Tensor] | None
 """Sines and cosines by which queries and keys are turned: [1 or B, N, E]."""
-Kept = tuple[Tensor | None, Tensor] | None
-"""Samples of which a residual branch is computed, by index (None: all of them), and its factors; None: just added."""
 
 
 class Features(NamedTuple):
@@ -208,27 +206,6 @@ def take(x: Shaped[Tensor, "b n ..."], rows: Rows) -> Shaped[Tensor, "b k ..."]:
     batch, length = x.shape[:2]
     flat = rows + torch.arange(batch, device=rows.device)[:, None] * length
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, rows.shape)
-
-
-def stochastic_depth(rows: Int[Tensor, " b"], rates: list[float]) -> Float[Tensor, "b branches"] | None:
-    """Factors of residual branches: 0 with a branch's rate, else 1 / (1 - rate). `rows` are random, one a sample."""
-    if not any(rates):
-        return None
-    rate = torch.tensor(rates, dtype=torch.float64, device=rows.device)
-    return (Stream(rows, 0).uniform(len(rates)) >= rate) / (1 - rate)
-
-
-def kept(drop: Float[Tensor, "b branches"], device: torch.device) -> list[Kept]:
-    """Of which samples each branch is computed: of those whose factor is not 0 (DINOv2, arXiv 2304.07193).
-
-    `drop` is best on the CPU: how many there are is asked here, and a GPU would have to be waited for. A compiled graph
-    has fixed shapes, and computes all.
-    """
-    if torch.compiler.is_compiling():
-        return [(None, factors) for factors in drop.to(device).unbind(1)]
-    counts, order = (drop != 0).sum(0).tolist(), torch.argsort((drop == 0).byte(), dim=0, stable=True)
-    factors, order = (part.T.to(device, non_blocking=True) for part in (drop.gather(0, order), order))
-    return [(None if n == len(drop) else rows[:n], by[:n]) for n, rows, by in zip(counts, order, factors, strict=True)]
 
 
 def initialise(module: nn.Module, kind: Initial) -> None:

@@ -96,8 +96,8 @@ class Masked:
                 with Image.open(self.root / key, formats=("PNG",)) as image:
                     if image.size != size:
                         raise Unreadable(key, f"the mask is {_spoken(image.size)}, its picture {_spoken(size)}")
-                    if image.mode not in ("L", "1", "I", "I;16"):
-                        kind = {"P": "a palette", "RGB": "colours", "RGBA": "colours"}.get(image.mode, image.mode)
+                    if image.mode not in ("L", "P", "1", "I", "I;16"):  # a palette only paints numbers, as in VOC's
+                        kind = {"RGB": "colours", "RGBA": "colours"}.get(image.mode, image.mode)
                         raise Unreadable(key, f"the mask has {kind}, not class numbers: save them as 8-bit grey")
                     values = np.array(image).astype(np.int64)
         except Unreadable:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from saccade import augment, distributed, heads, losses, masking, optim, recipe, vit
+from saccade import augment, depth, distributed, heads, losses, masking, optim, recipe
 from saccade.data import Batch
 from saccade.draws import Draws
 
@@ -75,7 +75,7 @@ class Method(recipe.Taught):
         config, backbone, head = self.config, self.student["backbone"], self.student["head"]
         whole, hide, few = batch["globals"], batch["hide"], config.local_crops
         target, patch_target = self.target(whole, hide, t)
-        drop = [vit.stochastic_depth(rows, backbone.drop_rates(config.drop_path)) for rows in batch["drop"].split(
+        drop = [depth.stochastic_depth(rows, backbone.drop_rates(config.drop_path)) for rows in batch["drop"].split(
             [len(whole), len(batch["drop"]) - len(whole)])]  # fmt: skip
         seen = backbone(whole, hide=hide, drop=drop[0])
         pooled = [seen.cls] + ([backbone.pooled(batch["locals"], drop=drop[1])] if few else [])
