@@ -28,7 +28,7 @@ def count(module: nn.Module | None) -> int:
 def built(name: str, arch: str) -> tuple[dinov3.Config, dinov3.Method]:
     """The method of a later stage, whose anchor is there too."""
     page, config = recipe.configure(name, {"arch": arch})
-    config = config.model_copy(update={"stage": "held"})
+    config = config.fitted(100_000_000).model_copy(update={"stage": "held"})
     with torch.device("meta"):
         network = backbone.build(config.arch, image_size=config.image_size, **config.backbone())
         return config, page.method(config, network, {})

@@ -183,12 +183,17 @@ def test_a_run_through_all_stages(tmp_path: Path) -> None:
         )
 
 
+HEADS = ("head", "patch_head")
+
+
 def test_the_giant_builds_without_memory() -> None:
     page, giant = recipe.configure("dinov3:giant", {})
     with torch.device("meta"):
         network = backbone.build(giant.arch, image_size=giant.image_size, **giant.backbone())
         made = page.method(giant, network, {})
     assert isinstance(network, vit.ViT) and sum(p.numel() for p in network.parameters()) == 6_716_035_072
+    shapes = [(made.student[head].mlp[0].out_features, *made.student[head].last_layer.weight.shape) for head in HEADS]
+    assert shapes == [(8192, 262_144, 512), (4096, 98_304, 384)], "as released: patches have a narrower head"
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
     assert sum(p.numel() for group in made.groups(0.0) for p in group.parameters.values()) == sum(
         p.numel() for p in made.student.parameters()

@@ -14,7 +14,8 @@ from saccade.run import Run
 GIANT = {
     "recipe": "dinov3:giant", "arch": "vit-7b/8", "image_size": 32, "local_size": 16, "local_crops": 2, "batch": 8,
     "steps": 10, "lr": 1e-3, "prototypes": 64, "patch_prototypes": 32, "hidden": 48, "bottleneck": 16, "warmup": 0.1,
-    "koleo_group": 4, "layer_scale": 0.5, "anchor": 0.2, "gram": 0.4, "refresh": 0.1, "high": 0.9,
+    "patch_hidden": 40, "patch_bottleneck": 8, "koleo_group": 4,
+    "layer_scale": 0.5, "anchor": 0.2, "gram": 0.4, "refresh": 0.1, "high": 0.9,
 }  # fmt: skip
 """Its stages begin after steps 2 (the anchor), 4 (Gram), 5, 6, 7 (the anchor anew) and 9 (high resolution)."""
 

@@ -235,8 +235,11 @@ def student_and_teacher(
     """
     if config.koleo_weight:
         losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
-    shape = {"hidden": config.hidden, "bottleneck": config.bottleneck, "norm": config.head_norm, "lengths": lengths}
-    made = {name: DINOHead(backbone.config.width, count, **shape) for name, count in widths.items()}
+    shape = {"hidden": config.hidden, "bottleneck": config.bottleneck}
+    own = {"hidden": config.patch_hidden, "bottleneck": config.patch_bottleneck}
+    shapes = {"head": shape, "patch_head": shape | {name: width for name, width in own.items() if width is not None}}
+    how = {"norm": config.head_norm, "lengths": lengths}
+    made = {name: DINOHead(backbone.config.width, count, **shapes[name], **how) for name, count in widths.items()}
     student = nn.ModuleDict({"backbone": backbone, **made, **more})
     return student, copy.deepcopy(student).requires_grad_(False)
 

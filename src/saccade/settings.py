@@ -153,6 +153,8 @@ class SpreadDistillation(MaskedDistillation):
     registers: int = Field(0, ge=0, description="register tokens; 4 in the models that have them")
     patch_prototypes: int | None = Field(None, ge=2, description="width of the patches' own head; prototypes if unset")
     bottleneck: int = Field(256, ge=1, description="width that is compared with prototypes")
+    patch_hidden: int | None = Field(None, ge=1, description="width inside the patches' own head; hidden if unset")
+    patch_bottleneck: int | None = Field(None, ge=1, description="its bottleneck; bottleneck if unset")
     queue: int = Field(0, ge=0, description="former large crops beside a step's in Sinkhorn-Knopp, of whole steps")
     koleo_weight: float = Field(0.1, ge=0, description="weight of the loss that spreads embeddings apart")
     koleo_group: int = Field(

@@ -73,6 +73,7 @@ def small_machine() -> Config:
 def giant() -> Config:
     """The released 7B."""
     heads_of = {"prototypes": 262144, "patch_prototypes": 98304, "hidden": 8192, "bottleneck": 512}
+    heads_of |= {"patch_hidden": 4096, "patch_bottleneck": 384}  # as released; the paper's table says 8192
     rates = {"steps": 1_210_000, "batch": 4096, "drop_path": 0.4, "clip": 30.0, "flip": 0.0, "local_size": 112}
     return Config(arch="vit-7b/16", image_size=256, local_norm=True, **heads_of, **rates)
 
