@@ -30,6 +30,7 @@ LAYERS = {
             "weights",
             "checkpoint",
             "initial",
+            "teachers",
             "provenance",
             "encoder",
             "tensors",

@@ -14,19 +14,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saccade import heads
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
+from saccade.norm import Standard
 from saccade.optim import Group
-from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, SpreadDistillation, Training, checked, flag
+from saccade.settings import (
+    LENGTHS,
+    MaskedDistillation,
+    MultiCrop,
+    SelfDistillation,
+    SpreadDistillation,
+    Training,
+    checked,
+    flag,
+)  # fmt: skip
 
 __all__ = [
-    "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation", "Taught",
-    "Training", "configure", "find", "names",
+    "Coupled", "Group", "MaskedDistillation", "Method", "MultiCrop", "Recipe", "SelfDistillation", "SpreadDistillation",
+    "Taught", "Teacher", "Training", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -36,6 +49,7 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def __init__(self, config: Any, backbone: nn.Module, teachers: dict[str, nn.Module]) -> None:
         super().__init__()
+        self.teachers = dict(teachers)  # in no module's place: neither trained, nor wrapped, nor in a checkpoint
 
     @abstractmethod
     def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -50,6 +64,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """What else comes out, by name: each is kept as `backbones/NAME` beside the encoder's `backbone`."""
+        return {}
 
     def groups(self, t: float) -> list[Group] | None:
         """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
@@ -80,6 +98,94 @@ class Taught(Method):
     def chance(self) -> float:
         """Where the student tells nothing apart: ln K."""
         return math.log(self.config.prototypes)
+
+    @property
+    def assignment(self) -> Literal["centre", "sinkhorn"]:
+        """How the teacher's answers are evened out."""
+        kinds = [part.kind for part in self.modules() if isinstance(part, heads.Assignment)]
+        return kinds[0] if kinds else "centre"
+
+
+class Teacher(nn.Module):
+    """A frozen network that students learn from, which the verb loads and hands over; always in evaluation.
+
+    `heads` are those that it was trained with, by name, `config` the settings of that run and `assignment` how its
+    answers were evened out, where it is a run that has them.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Mapping[str, nn.Module] | None = None,
+        config: SelfDistillation | None = None,
+        assignment: Literal["centre", "sinkhorn"] = "centre",
+    ):
+        super().__init__()
+        self.backbone, self.heads = backbone, nn.ModuleDict(dict(heads or {}))
+        self.config, self.assignment = config, assignment
+        self.requires_grad_(False).eval()
+        size, channels = backbone.config.image_size, backbone.config.channels
+        vector, patches = self(torch.zeros(1, channels, size, size))
+        self.widths = {"head": vector.shape[1], "patch_head": patches.shape[1]}
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "b c s s"]) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b d h w"]]:
+        """The one vector and the map of patches; pictures are resized to the nearest multiple of its own patch."""
+        side, stride = images.shape[-1], self.backbone.stride
+        fitting = max(1, round(side / stride)) * stride
+        if fitting != side:
+            images = F.interpolate(images, size=fitting, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 1)
+        seen = self.backbone(images)
+        return self.backbone.embedding(seen), seen.patches.mT.unflatten(2, seen.grid)
+
+    def _scored(self) -> dict[str, Any]:
+        """The head for the one vector (`cls`) and, where one was trained, that for patches (`patch`)."""
+        found = list(self.heads.values())
+        return {"cls": found[0]} | ({"patch": found[-1]} if isinstance(self.config, MaskedDistillation) else {})
+
+    def pupil(self, width: int, learn: Literal["features", "heads"]) -> dict[str, nn.Module]:
+        """What a student of this width answers with: fresh heads like its own, or lines to its features.
+
+        Raises `SaccadeError` where it has no heads.
+        """
+        if learn == "features":
+            return {name: nn.Linear(width, wide) for name, wide in self.widths.items()}
+        if not self.heads:
+            raise SaccadeError(
+                "this teacher has no heads", path="--learn",
+                hint="use --learn features; finished runs of dino and its kind have some",
+            )  # fmt: skip
+        return {name: heads.DINOHead.like(head, width) for name, head in self.heads.items()}
+
+    def even(self, learn: Literal["features", "heads"], queue: int) -> nn.ModuleDict:
+        """What evens out its answers about the one vector and about patches."""
+        if learn == "features":
+            wide = zip(("cls", "patch"), self.widths.values(), strict=True)
+            return nn.ModuleDict({kind: Standard(width) for kind, width in wide})
+        assert self.config is not None
+        keeps = self.config.centre_momentum
+        return nn.ModuleDict(
+            {
+                kind: heads.Assignment(
+                    self.assignment, *head.last_layer.weight.shape, momentum=keeps, queue=queue if kind == "cls" else 0
+                )
+                for kind, head in self._scored().items()
+            }
+        )
+
+    def answers(self, assignments: nn.ModuleDict, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prototypes that its heads see in tokens, evened out, as probabilities."""
+        assert self.config is not None
+        sharp = torch.tensor(self.config.teacher_temperature, device=tokens["cls"].device)
+        scored = self._scored()
+        return {
+            kind: even(scored[kind], scored[kind].bottleneck(tokens[kind]), sharp) for kind, even in assignments.items()
+        }
+
+    def chance(self) -> float:
+        """The cross-entropy to its answers of one who tells no prototypes apart, ln K."""
+        return math.log(len(self._scored()["cls"].last_layer.weight))
 
 
 class Coupled(Method):
@@ -112,6 +218,7 @@ class Recipe:
     """A page of `recipes/`, found by its file name.
 
     `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
+    `teachers` are loaded ones, for all that is built of this run.
     """
 
     name: str
@@ -121,6 +228,7 @@ class Recipe:
     stages: Callable[[Any], list[tuple[float, Any]]]
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""
