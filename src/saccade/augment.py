@@ -226,9 +226,9 @@ def multi_crop(
     """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
 
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
-    large crops in this size and in their own colours, as `plain` [2B C P P]. `again`: once more in another
-    size, colour and blur as they are, as `again` [2B C A A]. `stretch`: also words for RoPE, the same
-    for all large crops of a step and for all small ones. Every first axis is view-major.
+    large crops in this size and in their own colours, as `plain` [2B C P P]. `again`: also, where it is another size
+    than theirs, the same views in this one, as `again` [2B C A A]. `stretch`: also words for RoPE, the same for all
+    large crops of a step and for all small ones. Every first axis is view-major.
     """
     size, few = batch["size"], config.local_crops
     large = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=2)

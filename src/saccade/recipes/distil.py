@@ -109,8 +109,7 @@ class Method(recipe.Method):
         lesson, weights = self.lesson(batch), {"cls": 1.0, "patch": self.config.patch_weight}
         found = {arch: self.compare(student, batch, *lesson) for arch, student in self.students.items()}
         each = {arch: sum(weights[kind] * part for kind, part in parts.items()) for arch, parts in found.items()}
-        metrics = {f"{kind}_loss": sum(parts[kind].detach() for parts in found.values()) / len(found)
-                   for kind in lesson[0]}  # fmt: skip
+        metrics = {f"{k}_loss": torch.stack([parts[k].detach() for parts in found.values()]).mean() for k in lesson[0]}
         metrics |= {f"loss_{arch}": loss.detach() for arch, loss in each.items()} if len(each) > 1 else {}
         return sum(each.values()), metrics | (heads.concentration(lesson[0]["cls"]) if len(lesson) > 2 else {})
 
