@@ -138,8 +138,8 @@ def main() -> None:
             runs.append(scores(out / f"{name}-{seed}", pack, baselines=name == "alone" and seed == 0))
         lines.append({"student": name, "steps": steps, "ms_a_step": 1000 * times[name], **summed(runs)})
     base = scores(out / "alone-0", pack)["baselines"]
-    machine = {"machine": platform.platform(), "cores": environment()["cores"], "threads": 1,
-               "torch": torch.__version__, "python": platform.python_version(), "saccade": saccade.__version__}  # fmt: skip
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "saccade": saccade.__version__}
+    machine = {"machine": platform.platform(), "cores": environment()["cores"], "threads": 1, **versions}
     said = {"pack": str(pack), "students": lines, "teacher": {"steps": length, **best}, "baselines": base, **machine}
     (out / "result.json").write_text(json.dumps(said, indent=2) + "\n")
     table(said)
