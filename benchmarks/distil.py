@@ -160,12 +160,12 @@ def table(said: dict[str, Any]) -> None:
     print(f"{said['pack']}: {said['machine']}, {said['cores']} cores, 1 thread, {versions}")
     print("| student | ms a step | steps | k-NN | linear |\n|---|---|---|---|---|")
     for line in said["students"]:
-        cells = [f"{100 * line[name]['mean']:.1f} ± {100 * line[name]['std']:.1f}" for name in ("knn", "linear")]
+        cells = [f"{line[name]['mean']:.1f} ± {line[name]['std']:.1f}" for name in ("knn", "linear")]
         print(f"| {line['student']} | {line['ms_a_step']:.0f} | {line['steps']} | {' | '.join(cells)} |")
     others = {"the teacher": said["teacher"], "raw pixels": said["baselines"]["pixels"],
               "the student untrained": said["baselines"]["untrained"]}  # fmt: skip
     for name, row in others.items():
-        print(f"| {name} | | {row.get('steps', '')} | {100 * row['knn']:.1f} | {100 * row['linear']:.1f} |")
+        print(f"| {name} | | {row.get('steps', '')} | {row['knn']:.1f} | {row['linear']:.1f} |")
 
 
 if __name__ == "__main__":
