@@ -18,9 +18,25 @@ HOUSE = Path(saccade.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    **dict.fromkeys(["errors", "settings", "data", "sources", "draws", "decode", "augment", "masking"], 0),
     **dict.fromkeys(
-        ["depth", "vit", "linear", "convnet", "backbone", "text", "heads", "losses", "norm", "optim", "distributed"], 0
+        ["errors", "settings", "data", "sources", "draws", "decode", "augment", "masking", "distributed"], 0
+    ),
+    **dict.fromkeys(
+        [
+            "depth",
+            "frozen",
+            "vit",
+            "linear",
+            "convnet",
+            "backbone",
+            "text",
+            "heads",
+            "losses",
+            "norm",
+            "optim",
+            "distributed",
+        ],
+        0,
     ),
     "recipe": 1,
     "recipes": 2,
@@ -30,6 +46,7 @@ LAYERS = {
             "weights",
             "checkpoint",
             "initial",
+            "teachers",
             "provenance",
             "encoder",
             "tensors",

@@ -220,6 +220,7 @@ def multi_crop(
     *,
     blurred: tuple[float, float, float],
     plain: int | None = None,
+    again: int | None = None,
     stretch: bool = False,
 ) -> Batch:
     """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
@@ -227,8 +228,9 @@ def multi_crop(
     The words stay on the CPU, which thereby knows how much is left in (`depth.kept`).
 
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
-    large crops in this size and in their own colours, as `plain` [2B C P P]. `stretch`: also words for RoPE, the same
-    for all large crops of a step and for all small ones. Every first axis is view-major.
+    large crops in this size and in their own colours, as `plain` [2B C P P]. `again`: also, where it is another size
+    than theirs, the same views in this one, as `again` [2B C A A]. `stretch`: also words for RoPE, the same for all
+    large crops of a step and for all small ones. Every first axis is view-major.
     """
     size, few = batch["size"], config.local_crops
     large = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=2)
@@ -244,6 +246,10 @@ def multi_crop(
     second = blur(second, draws.sample("blur 2"), probability=blurred[1] * config.blur)
     second = solarise(second, draws.sample("solarise"), probability=config.solarise)
     made["globals"] = render(batch["pixels"], concatenate([first, second]), config.image_size)
+    if again not in (None, config.image_size):
+        scaled = concatenate([first, second])
+        scaled = replace(scaled, sigma=scaled.sigma * (again / config.image_size))  # it is in pixels
+        made["again"] = render(batch["pixels"], scaled, again)
     if few:
         small = blur(small, draws.sample("blur"), probability=blurred[2] * config.blur)
         made["locals"] = render(batch["pixels"], small, config.local_size)

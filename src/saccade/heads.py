@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saccade import depth, distributed, losses, vit
@@ -55,6 +55,14 @@ class DINOHead(nn.Module):
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
         self.gain = nn.Parameter(torch.empty(prototypes)) if lengths == "learned" else None
         self.reset_parameters()
+
+    @classmethod
+    def like(cls, head: DINOHead, width: int) -> DINOHead:
+        """A fresh head of the same shape, for embeddings of another width."""
+        (bottleneck, hidden), prototypes = head.mlp[-1].weight.shape, len(head.last_layer.weight)
+        norm = any(isinstance(part, BatchNorm) for part in head.mlp)
+        shape = {"hidden": hidden, "bottleneck": bottleneck, "norm": norm, "lengths": head.lengths}
+        return cls(width, prototypes, **shape)
 
     def reset_parameters(self) -> None:
         """Fresh weights from torch's generator."""
@@ -267,6 +275,21 @@ def cross_view(
     both = student[:seen].sum(0) + local_weight * student[seen:].sum(0)
     agreement = (teacher.sum(0) * both).sum() - (teacher * student[:seen]).sum()
     return (spread - agreement) / (samples * seen * (views - 1))
+
+
+def regrid(patches: Float[Tensor, "b n d"], grid: tuple[int, ...], to: tuple[int, ...]) -> Float[Tensor, "b m d"]:
+    """A map of patches on another grid, bilinear and antialiased; as it is where they are the same."""
+    if grid == to:
+        return patches
+    with torch.autocast(patches.device.type, enabled=False):
+        rows = patches.to(torch.promote_types(patches.dtype, torch.float32)).mT.unflatten(2, grid)
+        return F.interpolate(rows, size=to, mode="bilinear", antialias=True, align_corners=False).flatten(2).mT
+
+
+def some_patches(words: Int[Tensor, " b"], patches: int, part: float) -> Bool[Tensor, "b n"]:
+    """True for this part of each picture's patches, at least one, chosen by its random word."""
+    chosen = Stream(words, 0).order(patches)[:, : max(1, round(part * patches))]
+    return torch.zeros(len(words), patches, dtype=torch.bool, device=words.device).scatter(1, chosen, True)
 
 
 def concentration(

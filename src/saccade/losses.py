@@ -132,3 +132,13 @@ def gram(student: Float[Tensor, "b n d"], teacher: Float[Tensor, "b n d"]) -> Fl
         pair = [F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, teacher)]
         ours, theirs = (x @ x.transpose(1, 2) for x in pair)
         return F.mse_loss(ours, theirs)
+
+
+def feature_distance(student: Float[Tensor, "*n d"], teacher: Float[Tensor, "*n d"]) -> Float[Tensor, ""]:
+    """Half of 1 - cosine and half of smooth L1, means over rows and numbers (UNIC, arXiv 2408.05088, eq. 2 to 4).
+
+    In float32 at least, also under autocast.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
+        return (1 - F.cosine_similarity(student, teacher, dim=-1).mean() + F.smooth_l1_loss(student, teacher)) / 2

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -55,6 +55,14 @@ def follow(teacher: nn.Module, student: nn.Module, part: Float[Tensor, ""]) -> N
         torch._foreach_add_(old, torch._foreach_mul(new, part))
 
 
+@torch.no_grad()
+def average(kept: nn.Module, live: nn.Module, part: Float[Tensor, ""]) -> None:
+    """`follow` for a copy that is never run: running statistics go the same part of the way, counts are copied."""
+    follow(kept, live, part)
+    for old, new in zip(kept.buffers(), live.buffers(), strict=True):
+        old.copy_(torch.lerp(old, new, part.to(old.dtype)) if old.is_floating_point() else new)
+
+
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     """Layer-wise learning-rate decay for an encoder's parameter names (BEiT, arXiv 2106.08254, appendix).
 
@@ -95,6 +103,16 @@ def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, l
         scale = scales[inside[id(parameter)]] if id(parameter) in inside else 1.0
         grouped[scale, decay][name] = parameter
     return [Group(parameters, scale, decay) for (scale, decay), parameters in grouped.items()]
+
+
+def groups_apart(prefix: str, students: nn.ModuleDict, weight_decay: float, layer_decay: float) -> list[Group]:
+    """`default_groups` of several students, each a `backbone` with more, and each clipped for itself."""
+    found = []
+    for name, student in students.items():
+        for group in default_groups(student, student["backbone"], weight_decay, layer_decay):
+            named = {f"{prefix}.{name}.{inner}": parameter for inner, parameter in group.parameters.items()}
+            found.append(replace(group, parameters=named, clip_group=name))
+    return found
 
 
 def student_groups(

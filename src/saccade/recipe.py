@@ -14,21 +14,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saccade import heads
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
-from saccade.heads import Assignments, DINOHead
 from saccade.optim import Group
-from saccade.settings import LENGTHS, MaskedDistillation, SelfDistillation, SpreadDistillation, Training, checked, flag
+from saccade.settings import (
+    LENGTHS,
+    MaskedDistillation,
+    MultiCrop,
+    SelfDistillation,
+    SpreadDistillation,
+    Training,
+    checked,
+    flag,
+)  # fmt: skip
 
 __all__ = [
-    "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation",
-    "Taught", "Training", "configure", "find", "names",
+    "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "MultiCrop", "Recipe", "SelfDistillation",
+    "SpreadDistillation", "Taught", "Training", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -38,6 +47,7 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def __init__(self, config: Any, backbone: nn.Module, teachers: dict[str, nn.Module]) -> None:
         super().__init__()
+        self.teachers = dict(teachers)  # in no module's place: neither trained, nor wrapped, nor in a checkpoint
 
     @abstractmethod
     def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -52,6 +62,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """What else comes out, by name: each is kept as `backbones/NAME` beside the encoder's `backbone`."""
+        return {}
 
     def groups(self, t: float) -> list[Group] | None:
         """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
@@ -82,7 +96,9 @@ class Taught(Method):
     def chance(self) -> dict[str, float]:
         """ln K, of class tokens' answers and, where patches are hidden, of theirs; whole crops count as zero there."""
         whole, patches = (
-            math.log(cast(DINOHead, self.teacher[name if name in self.teacher else "head"]).last_layer.out_features)
+            math.log(
+                cast(heads.DINOHead, self.teacher[name if name in self.teacher else "head"]).last_layer.out_features
+            )
             for name in ("head", "patch_head")
         )
         if not isinstance(self.config, MaskedDistillation):
@@ -92,6 +108,12 @@ class Taught(Method):
             found |= {"patch_loss": self.config.masked * patches, "patch_entropy": patches}
         return found
 
+    @property
+    def assignment(self) -> Literal["centre", "sinkhorn"]:
+        """How the teacher's answers are evened out."""
+        kinds = [part.kind for part in self.modules() if isinstance(part, heads.Assignment)]
+        return kinds[0] if kinds else "centre"
+
 
 class Evened(Taught):
     """A method whose teacher's answers depend on all samples of a step together (Sinkhorn-Knopp).
@@ -100,7 +122,7 @@ class Evened(Taught):
     first: the same answers as of one batch.
     """
 
-    assign: Assignments
+    assign: heads.Assignments
 
     @abstractmethod
     def learn(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -146,6 +168,7 @@ class Recipe:
     """A page of `recipes/`, found by its file name.
 
     `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
+    `teachers` are loaded ones, for all that is built of this run.
     """
 
     name: str
@@ -155,6 +178,7 @@ class Recipe:
     stages: Callable[[Any], list[tuple[float, Any]]]
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""

@@ -73,6 +73,10 @@ class Training(Settings):
         """Switches of the ViT that this recipe wants different from the default."""
         return {}
 
+    def teachers(self) -> dict[str, str | None]:
+        """Trained backbones that this recipe learns from and never moves, by the setting that names each."""
+        return {}
+
 
 class MultiCrop(Training):
     """What methods share that look at large and small crops (arXiv 2006.09882); `augment.multi_crop` makes them."""

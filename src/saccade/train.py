@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade import distributed, report, weights
+from saccade import distributed, report, teachers
 from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
@@ -153,7 +153,8 @@ class Pretraining:
         """Puts the directory in order; the seconds of the sessions before."""
         self.run.tidy()
         self.run.rewind(self.step)
-        self.run.note(steps=self.steps, initial=self.model.initial)
+        began = teachers.unchanged(self.run.record.get("initial", {}), self.model.initial)
+        self.run.note(steps=self.steps, initial=began)
         logged = self.run.metrics()
         return logged[-1]["seconds"] if logged else 0.0
 
@@ -274,8 +275,7 @@ class Pretraining:
         scores = None
         if not self.run.summary:
             if encoder is not None:
-                encoder.record["steps"] = self.steps
-                weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
+                self.watch.save(tensors)
                 scores = self.watch.examine(encoder)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():

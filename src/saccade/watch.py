@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade import distributed, health, weights
 from saccade.backbone import Backbone
@@ -24,7 +24,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.evaluate.live import Live
 from saccade.model import Model, build
-from saccade.recipe import Training
+from saccade.recipe import Method, Training
 from saccade.run import Run, verify
 from saccade.settings import PretrainArguments
 
@@ -67,9 +67,8 @@ class Watch:
         """A stage begins: a copy of its encoder, and pictures at its size."""
         method, _ = build(self.page, config, None)
         network = method.encoder()
-        inner = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
-        held = method.state_dict(keep_vars=True).items()
-        self._names = {inner[id(tensor)]: name for name, tensor in held if id(tensor) in inner}
+        self._names = _held(method, network)
+        self._more = {name: (other, _held(method, other)) for name, other in method.encoders().items()}
         self.encoder, self._pictures = None, None
         if isinstance(network, Backbone):
             self.encoder = Encoder(network, self._record(config)).eval()
@@ -164,6 +163,16 @@ class Watch:
         weights.save_backbone(self.run.path / "best", self.encoder.backbone, record)
         self.run.note(best=self.best)
 
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        """Writes `backbone/` at the end, and what else comes out as `backbones/NAME/`; `tensors` are the method's."""
+        assert self.encoder is not None
+        self.encoder.record["steps"] = self.steps
+        weights.save_backbone(self.run.path / "backbone", self.encoder.backbone, self.encoder.record)
+        for name, (network, names) in self._more.items():
+            network.load_state_dict({inner: tensors[held] for inner, held in names.items()})
+            folder = self.run.path / "backbones" / name.replace("/", "-")
+            weights.save_backbone(folder, network, self.encoder.record | {"arch": name})
+
     def _recall(self) -> dict[str, Any] | None:
         """What the lines say of health and of the best checkpoint. A `best/` of another step is written anew."""
         for entry in self.run.metrics():
@@ -199,3 +208,10 @@ def _steps_of(backbone: Path) -> int | None:
         return int(json.loads((backbone / weights.CONFIG).read_text(encoding="utf-8"))["record"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _held(method: Method, network: nn.Module) -> dict[str, str]:
+    """By the names of a network's tensors those that they have in the method that holds it."""
+    inner = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
+    held = method.state_dict(keep_vars=True).items()
+    return {inner[id(tensor)]: name for name, tensor in held if id(tensor) in inner}
