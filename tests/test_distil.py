@@ -294,7 +294,6 @@ def test_a_run_gives_every_student_and_carries_the_teachers_licence(
     """From the command line, from a backbone whose weights derive from somebody's with terms."""
     origin = {"family": "dinov3", "licence": "dinov3-license", "terms": "terms of Meta", "name": "dinov3", "hash": "1"}
     weights.save_backbone(tmp_path / "big", small_net(), {"arch": "vit-ti/8", "derived_from": [origin]})
-    Pictures(8)
     run = saccade.pretrain(
         Pictures(8), recipe="distil", out=tmp_path / "run", teacher=str(tmp_path / "big"), students=("vit-ti/16",),
         steps=1, workers=0, **SETTINGS,
