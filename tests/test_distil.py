@@ -275,6 +275,8 @@ def test_mistakes_name_the_setting(tmp_path: Path) -> None:
         teachers.load(config(teacher=str(tmp_path / "nothing")))
     with pytest.raises(SaccadeError, match=r"need heads.*--learn heads"):
         method(config(local_crops=2), frozen())
+    with pytest.raises(SaccadeError, match=r"not of whole steps.*use 8"):
+        method(config(learn="heads", queue=5), frozen(with_heads=True))
     with pytest.raises(SaccadeError, match=r"there is no architecture 'vit-z/8'"):
         method(config(students=("vit-z/8",)), frozen())
     with pytest.raises(SaccadeError, match=r"--out"):

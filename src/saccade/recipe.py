@@ -158,11 +158,15 @@ class Teacher(nn.Module):
             )  # fmt: skip
         return {name: heads.DINOHead.like(head, width) for name, head in self.heads.items()}
 
-    def even(self, learn: Literal["features", "heads"], queue: int) -> nn.ModuleDict:
-        """What evens out its answers about the one vector and about patches."""
+    def even(self, learn: Literal["features", "heads"], queue: int, crops: int) -> nn.ModuleDict:
+        """What evens out its answers about the one vector and about patches; it sees so many large crops a step.
+
+        Raises `SaccadeError` for a queue that is not of whole steps.
+        """
         if learn == "features":
             wide = zip(("cls", "patch"), self.widths.values(), strict=True)
             return nn.ModuleDict({kind: Standard(width) for kind, width in wide})
+        heads.check_queue(queue, crops)
         assert self.config is not None
         keeps = self.config.centre_momentum
         return nn.ModuleDict(
