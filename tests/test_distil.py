@@ -278,6 +278,8 @@ def test_mistakes_name_the_setting(tmp_path: Path) -> None:
         method(config(local_crops=2), frozen())
     with pytest.raises(SaccadeError, match=r"whole batches.*\[--accumulate\]"):
         method(config(learn="heads", accumulate=2), frozen(with_heads=True))
+    with pytest.raises(SaccadeError, match=r"not of whole steps.*use 8"):
+        method(config(learn="heads", queue=5), frozen(with_heads=True))
     with pytest.raises(SaccadeError, match=r"there is no architecture 'vit-z/8'"):
         method(config(students=("vit-z/8",)), frozen())
     with pytest.raises(SaccadeError, match=r"--out"):
@@ -297,7 +299,6 @@ def test_a_run_gives_every_student_and_carries_the_teachers_licence(
     """From the command line, from a backbone whose weights derive from somebody's with terms."""
     origin = {"family": "dinov3", "licence": "dinov3-license", "terms": "terms of Meta", "name": "dinov3", "hash": "1"}
     weights.save_backbone(tmp_path / "big", small_net(), {"arch": "vit-ti/8", "derived_from": [origin]})
-    Pictures(8)
     run = saccade.pretrain(
         Pictures(8), recipe="distil", out=tmp_path / "run", teacher=str(tmp_path / "big"), students=("vit-ti/16",),
         steps=1, workers=0, **SETTINGS,

@@ -69,14 +69,15 @@ class Teacher(nn.Module):
             )  # fmt: skip
         return {name: heads.DINOHead.like(head, width) for name, head in self.heads.items()}
 
-    def even(self, learn: Literal["features", "heads"], queue: int, accumulate: int = 1) -> nn.ModuleDict:
-        """What evens out its answers about the one vector and about patches.
+    def even(self, learn: Literal["features", "heads"], queue: int, crops: int, accumulate: int = 1) -> nn.ModuleDict:
+        """What evens out its answers about the one vector and about patches; it sees so many large crops a step.
 
-        Raises `SaccadeError` where Sinkhorn-Knopp would see parts of a batch.
+        Raises `SaccadeError` for a queue that is not of whole steps, and where Sinkhorn-Knopp would see parts of one.
         """
         if learn == "features":
             wide = zip(("cls", "patch"), self.widths.values(), strict=True)
             return nn.ModuleDict({kind: Standard(width) for kind, width in wide})
+        heads.check_queue(queue, crops)
         assert self.config is not None
         if accumulate > 1 and self.assignment == "sinkhorn":
             raise SaccadeError(

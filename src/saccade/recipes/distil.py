@@ -87,7 +87,10 @@ class Method(recipe.Method):
             answers = teacher.pupil(network.config.width, config.learn)
             self.students[arch] = nn.ModuleDict({"backbone": network, **answers})
             self.averages[arch] = copy.deepcopy(network).requires_grad_(False)
-        self.last, self.even = list(answers)[-1], teacher.even(config.learn, config.queue, config.accumulate)
+        self.last, self.even = (
+            list(answers)[-1],
+            teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate),
+        )
         self.register_buffer("steps", torch.zeros(()))
 
     def encoder(self) -> nn.Module:
