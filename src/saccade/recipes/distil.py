@@ -87,11 +87,8 @@ class Method(recipe.Method):
             answers = teacher.pupil(network.config.width, config.learn)
             self.students[arch] = nn.ModuleDict({"backbone": network, **answers})
             self.averages[arch] = copy.deepcopy(network).requires_grad_(False)
-        self.last, self.even = (
-            list(answers)[-1],
-            teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate),
-        )
-        self.register_buffer("steps", torch.zeros(()))
+        self.even = teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate)
+        self.last, self.steps = list(answers)[-1], nn.Buffer(torch.zeros(()))
 
     def encoder(self) -> nn.Module:
         return self.averages[self.config.arch]
