@@ -23,7 +23,7 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         start = weights.load(init, channels=config.channels) if init else None
-        switches = config.backbone() | (weights.switches(start) if start else {})
+        switches = config.backbone() | (weights.switches(start) if start else {}) | dict(page.switches)
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
         record = {"weights": "random", "seed": config.seed}
         if start:

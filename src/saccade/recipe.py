@@ -12,7 +12,7 @@ import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -109,14 +109,18 @@ class Coupled(Method):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A page of `recipes/`, found by its file name."""
+    """A page of `recipes/`, found by its file name.
+
+    `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
+    """
 
     name: str
     config: type[Training]
     views: Callable[..., Batch]
-    method: type[Method]
+    method: Callable[..., Method]
     stages: Callable[[Any], list[tuple[float, Any]]]
     variants: dict[str, Callable[[], Training]]
+    switches: Mapping[str, Any] = field(default_factory=dict)
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""

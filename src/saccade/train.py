@@ -59,6 +59,8 @@ def pretrain(
 class Pretraining:
     """One run: data, stages, the loop over steps, checkpoints, and what is written down at the end."""
 
+    watching = Watch
+
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks):
         self.page, self.config, self.arguments, self.ranks = page, config, arguments, ranks
         self.progress = Progress(config.batch, speak=ranks.first)
@@ -74,7 +76,7 @@ class Pretraining:
         if "revision" in began:  # a published name may mean another commit by now
             self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
-        self.watch = Watch(page, arguments, self.source, self.run, ranks)
+        self.watch = self.watching(page, arguments, self.source, self.run, ranks)
         self.stage = -1
         self.delivered: Tensor | None = None
         self.model: Model
@@ -101,9 +103,7 @@ class Pretraining:
         if self.config.steps is not None:
             return self.config.steps
         if self.config.epochs is None:
-            raise self.ranks.shared(
-                SaccadeError("how long?", path="--steps", hint="give --steps, --epochs or --minutes")
-            )
+            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint="or --epochs, or --minutes"))
         return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
 
     def _measure_steps(self) -> int:
@@ -233,12 +233,8 @@ class Pretraining:
     def _save(self) -> None:
         facts = {"scaler": self.model.scaler.state_dict(), "fingerprint": self.run.record["data"]["fingerprint"]}
         self.run.save(
-            self.step,
-            facts,
-            lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
-            self.ranks,
-            best=self.watch.best["step"] if self.watch.best else None,
-        )
+            self.step, facts, lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
+            self.ranks, best=self.watch.best["step"] if self.watch.best else None)  # fmt: skip
         self._saved = time.monotonic()
 
     def _values(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -274,13 +270,17 @@ class Pretraining:
         scores = None
         if not self.run.summary:
             if encoder is not None:
-                encoder.record["steps"] = self.steps
-                weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
-                scores = self.watch.examine(encoder)
+                scores = self._hand_over(encoder)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
             shown = report.shown_by(self.page, self.model.config, self.source, tensors)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
+
+    def _hand_over(self, encoder: Encoder) -> dict[str, Any] | None:
+        """Writes the backbone; its scores on labelled pictures, if there are any."""
+        encoder.record["steps"] = self.steps
+        weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
+        return self.watch.examine(encoder)
 
     def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
         logged = self.run.metrics()

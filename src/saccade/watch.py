@@ -19,7 +19,7 @@ from saccade import distributed, health, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
-from saccade.encoder import Encoder
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.evaluate.live import Live
@@ -31,8 +31,6 @@ from saccade.settings import PretrainArguments
 EVALUATIONS = 10
 """How often a run is evaluated on labelled pictures, the last time at its end; before that once, when the rate of its
 first step was 0: the untrained network, without which the others say little."""
-MEASURE = "linear"
-"""The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
 
 class Watch:
@@ -41,6 +39,9 @@ class Watch:
     A look sees a hundredth of the pictures that are trained on until the next one. All ranks look together, because a
     sharded encoder is gathered; the first one measures.
     """
+
+    measure = "linear"
+    """The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
     def __init__(self, page: Recipe, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks):
         self.page, self.arguments, self.source, self.run, self.ranks = page, arguments, source, run, ranks
@@ -88,8 +89,12 @@ class Watch:
         self._pictures = health.choose(self.source, self.encoder.preprocess, self._count)
         self._distinct = 0 if self._pictures is None else health.distinct(self._pictures)
         if self._evaluations:
-            assert self.arguments.eval is not None
-            self._live = Live(self.arguments.eval, self.arguments.group_by, self.encoder.preprocess, self._rows)
+            self._live = self.labelled(self.encoder.preprocess)
+
+    def labelled(self, preprocess: Preprocess) -> Live:
+        """The labelled pictures to look at."""
+        assert self.arguments.eval is not None
+        return Live(self.arguments.eval, self.arguments.group_by, preprocess, self._rows)
 
     def due(self, step: int) -> bool:
         """Whether this step is looked at."""
@@ -151,10 +156,10 @@ class Watch:
 
     def improves(self, entry: dict[str, Any]) -> bool:
         """Whether this line holds the best evaluation so far; then `best` says so."""
-        value = entry.get("eval", {}).get(MEASURE)
+        value = entry.get("eval", {}).get(self.measure)
         if value is None or (self.best is not None and value <= self.best["value"]):
             return False
-        self.best = {"step": entry["step"], "measure": f"{MEASURE}, on a part held out of train", "value": value}
+        self.best = {"step": entry["step"], "measure": f"{self.measure}, on a part held out of train", "value": value}
         return True
 
     def keep(self) -> None:

@@ -73,4 +73,5 @@ FAMILY = Family(
     preprocess=Prepared(224, 224, "bilinear", square=True),
     read=read,
     signs=("dinov3",),
+    recipe="dino",
 )
