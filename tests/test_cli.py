@@ -158,7 +158,7 @@ def test_none_unsets(run: Record) -> None:
     [
         (("evalute", "x"), "evalute", "evaluate"),
         ((), None, "tour"),
-        (("adapt", "pictures", "--from", "run"), None, "does not exist yet"),
+        (("adapt", "pictures", "--out", "run"), "--from", "needs --from"),
         (("pretrain", "pictures", "--out", "run"), "--recipe", "mae"),
         (("pretrain", "pictures", "--recipe", "maee", "--out", "run"), "--recipe", "'mae'"),
         (("pretrain", "pictures", "--recipe", "mae:small_picture", "--out", "run"), None, "small_pictures"),

@@ -62,8 +62,8 @@ def judge(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[s
     mean = 100 * float(sums.sum() / counts.sum())
     passed = bound > 0 and chance <= LEVEL
     reason = (
-        f"{'better' if passed else 'not shown to be better'} on {len(names)} pictures of {groups} groups that had no part "
-        f"in any choice: {mean:+.2f} points, with 95 % confidence {bound:+.2f} or more; by chance as much {chance:.1%}"
+        f"{'better' if passed else 'not shown to be better'} on {len(names)} pictures of {groups} groups that chose "
+        f"nothing: {mean:+.2f} points, with 95 % confidence {bound:+.2f} or more; by chance as much {chance:.1%}"
     )
     return {"passed": passed, "measure": "knn", "difference": mean, "bound": bound, "chance": chance,
             "pictures": len(names), "groups": groups, "reason": reason}  # fmt: skip

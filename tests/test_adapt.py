@@ -1,0 +1,385 @@
+"""Going on from a backbone: what stands still, what is held, who is let through; that stopping changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toys import small
+from toys.sources import Pictures
+
+from saccade import adapt, cli, load, optim, pretrain, published, recipe
+from saccade.adapt import Anchored, anchored, natural, unverified
+from saccade.distributed import Ranks
+from saccade.draws import Draws
+from saccade.errors import SaccadeError
+from saccade.evaluate import gate
+from saccade.evaluate.labelled import read_labelled
+from saccade.evaluate.live import Live
+from saccade.model import Model
+from saccade.settings import AdaptArguments, PretrainArguments
+
+CASES = ["mae", "dino", "simclr-on-a-convnet"]
+page_of_adapt = importlib.import_module("saccade.adapt")  # the name in the package is the verb
+QUIET = {"workers": 0, "log_every": 1}
+
+
+def knobs(case: str) -> dict[str, Any]:
+    """Of the recipe, without what follows from the start."""
+    return {name: value for name, value in small(case).items() if name not in ("arch", "image_size", "steps", "lr")}
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Backbones that learned for two steps, by case."""
+    folder = tmp_path_factory.mktemp("starts")
+    for case in CASES:
+        settings = {**small(case), "steps": 2, **QUIET}
+        pretrain(Pictures(16), recipe=case.partition("-")[0], out=folder / case, **settings)
+    return {case: folder / case for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and light stripes: two classes, and eight groups by the first letter of the file."""
+    folder, random = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    for part, count in (("train", 48), ("test", 16)):
+        for number in range(count):
+            place = folder / part / str(number % 2)
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 156, (32, 32, 3)) + 100 * (number % 2 == np.arange(32) // 8 % 2)[:, None, None]
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{'abcdefgh'[number // 2 % 8]}{number}.png")
+    return folder
+
+
+def backbone(run: Path) -> dict[str, torch.Tensor]:
+    return dict(load(run).backbone.state_dict())
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# the gate, as a function
+
+
+def contest(random: np.random.Generator, gain: float, groups: int = 60) -> bool:
+    """The best of 20 equal candidates on the watch part, then on the gate's; pictures of a group are alike."""
+    names = [f"g{number % groups}" for number in range(4 * groups)]
+    chances = np.clip(0.7 + 0.25 * random.standard_normal(groups), 0.05, 0.95)
+    chance = np.tile(chances, 4)[: len(names)]
+    wobble = 0.15 * random.standard_normal((2, 20, groups))  # what a candidate gains in one group it loses in another
+
+    def answers(part: int, candidate: int | None) -> np.ndarray:
+        moved = np.zeros(groups) if candidate is None else gain + wobble[part, candidate]
+        return luck[part] < np.clip(chance + np.tile(moved, 4)[: len(names)], 0, 1)
+
+    luck = random.random((2, len(names)))
+    best = max(range(20), key=lambda candidate: answers(0, candidate).mean())
+    return bool(gate.judge(answers(1, None), answers(1, best), names)["passed"])
+
+
+@pytest.fixture
+def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "DRAWS", 500)
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_the_best_of_twenty_equal_candidates_seldom_passes() -> None:
+    random = np.random.default_rng(1)
+    assert sum(contest(random, 0.0) for _ in range(300)) <= 300 * 0.05 + 2 * (300 * 0.05 * 0.95) ** 0.5
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_a_real_gain_mostly_passes() -> None:
+    random = np.random.default_rng(2)
+    assert sum(contest(random, 0.1, groups=120) for _ in range(50)) >= 40
+
+
+def test_a_gain_in_one_group_is_no_gain() -> None:
+    """As pictures of their own they would pass."""
+    before, after = np.zeros(100, dtype=bool), np.zeros(100, dtype=bool)
+    after[:20] = True
+    alone = gate.judge(before, after, [str(number) for number in range(100)])
+    together = gate.judge(before, after, [str(number // 20) for number in range(100)])
+    assert alone["passed"] and alone["bound"] > 0 and alone["difference"] == together["difference"] == 20
+    assert not together["passed"] and together["bound"] <= 0 and together["groups"] == 5
+    assert "20" in together["reason"] and "5 groups" in together["reason"]
+
+
+@pytest.mark.parametrize(("better", "passes"), [(3, False), (4, False), (5, True), (0, False)])
+def test_few_pictures_that_differ_are_few(better: int, passes: bool) -> None:
+    """Three more and none less: the bootstrap alone would be content, and a coin as well, one time in eight."""
+    before, after = np.zeros(200, dtype=bool), np.arange(200) < better
+    found = gate.judge(before, after, [str(number) for number in range(200)])
+    assert found["passed"] is passes
+    assert found["chance"] == pytest.approx(0.5**better, abs=0.03)
+
+
+def test_worse_never_passes() -> None:
+    found = gate.judge(np.ones(50, dtype=bool), np.arange(50) < 30, [str(number) for number in range(50)])
+    assert not found["passed"] and found["bound"] <= found["difference"] == -40
+
+
+def test_three_parts_share_no_group(labelled: Path) -> None:
+    data = read_labelled(labelled, r"([a-h])\d+\.png", 32, 3)
+    parts = gate.divide(data)
+    groups = [set(data.names(part)) for part in parts]
+    assert all(groups) and sum(map(len, groups)) == len(set.union(*groups))
+    assert sorted(np.concatenate(parts)) == sorted(data.train)
+    assert not set(np.concatenate(parts)) & set(data.test)
+    with pytest.raises(SaccadeError, match="divided in three"):
+        gate.divide(read_labelled(labelled, r"/([01])/", 32, 3))
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict", "passed", "says"),
+    [
+        ({"rank": 9.0, "spread": 0.5, "drift": 0.1}, "healthy", None, "unverified"),
+        ({"rank": 90.0, "spread": 0.9, "drift": 0.1}, "healthy", None, "unverified"),  # a higher rank proves nothing
+        ({"rank": 4.0, "spread": 0.5, "drift": 0.1}, "healthy", False, "collapsed"),
+        ({"rank": None, "spread": None, "drift": 0.1}, "healthy", False, "collapsed"),
+        ({"rank": 9.0, "spread": 0.001, "drift": 0.1}, "healthy", False, "collapsed"),
+        ({"rank": 9.0, "spread": 0.5, "drift": 0.7}, "healthy", False, "drifted"),
+        ({"rank": 9.0, "spread": 0.5, "drift": 0.1}, "diverged", False, "diverged"),
+    ],
+)
+def test_without_labels_only_collapse_and_drift_are_told(
+    after: dict[str, Any], verdict: str, passed: bool | None, says: str
+) -> None:
+    found = unverified({"rank": 9.0, "spread": 0.5}, after, verdict)
+    assert found["passed"] is passed and says in found["reason"] and found["measure"] is found["bound"] is None
+    assert found["handed_over"] == ("candidate" if passed is None else "start")
+
+
+# any method, held
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_backbone_stands_still_then_moves_slowly(case: str, starts: dict[str, Path]) -> None:
+    name = case.partition("-")[0]
+    found = recipe.configure(name, {**small(case), "drop_path": 0.0} if name == "dino" else small(case))
+    asked = AdaptArguments(data=("x",), start=str(starts[case]), out="x", warm=0.4, freeze_blocks=1)
+    page = anchored(found[0], asked, load(starts[case]))
+    arguments = PretrainArguments(data=("x",), out="x", recipe=name, init=str(starts[case]))
+    model = Model(page, found[1], arguments, Ranks(0, 1, torch.device("cpu")))
+    method = model.method
+    assert isinstance(method, Anchored)
+    (trained,) = method._trained
+    start = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
+    heads = {key: p.clone() for key, p in method.inner.named_parameters() if p.requires_grad}
+
+    def step(t: float) -> dict[str, float]:
+        pictures = (
+            torch.stack([Pictures(8)[0].pixels[:, :, :32, :32]] * 8)
+            + torch.arange(8, dtype=torch.uint8)[:, None, None, None, None]
+        )
+        batch = {"pixels": pictures, "size": torch.tensor([[32, 32]] * 8)}
+        draws = Draws(0, round(10 * t), torch.arange(8), torch.zeros(8, dtype=torch.long), torch.arange(8))
+        metrics = model.step(iter([page.views(found[1], batch, draws)]), t)
+        return {key: float(value) for key, value in metrics.items()}
+
+    metrics = [step(t) for t in (0.1, 0.3)]
+    assert all(values["anchor_token"] == pytest.approx(0, abs=1e-5) for values in metrics)
+    assert all(torch.equal(tensor, start[key]) for key, tensor in trained.state_dict().items())
+    assert any(not torch.equal(p, heads[key]) for key, p in method.inner.named_parameters() if key in heads)
+    for t in (0.5, 0.7):
+        metrics.append(step(t))
+    moved = {key for key, tensor in trained.state_dict().items() if not torch.equal(tensor, start[key])}
+    layers, last = optim.layers_of(key for key, _ in trained.named_parameters())
+    assert moved and {layers[key] for key in moved} <= set(range(2, last + 1)), "early blocks and statistics stay"
+    assert 0 < max(abs(trained.state_dict()[key] - start[key]).max() for key in moved) < 0.01
+    assert metrics[-1]["loss"] > metrics[-1]["cls_loss"] or metrics[-1]["anchor_token"] == 0
+    assert same(dict(method.anchor.state_dict()), start)
+
+
+def test_the_anchor_holds(starts: dict[str, Path]) -> None:
+    """Its gradient leads back to the start: with it alone, a backbone that was pushed away returns."""
+    config = recipe.configure("mae", small("mae"))
+    asked = AdaptArguments(data=("x",), start="x", out="x", anchor_patches=1.0, anchor_token=1.0)
+    page = anchored(config[0], asked, load(starts["mae"]))
+    arguments = PretrainArguments(data=("x",), out="x", recipe="mae", init=str(starts["mae"]))
+    method = Model(page, config[1], arguments, Ranks(0, 1, torch.device("cpu"))).method
+    (trained,) = method._trained
+    with torch.no_grad():
+        for parameter in trained.blocks.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    method.inner.forward = lambda *_: (torch.zeros(()), {})
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    optimizer, far = torch.optim.Adam(trained.parameters(), 1e-3), []
+    for _ in range(30):
+        loss, metrics = method({"anchored": images}, torch.tensor(0.5))
+        assert loss.item() == pytest.approx(metrics["anchor_token"].item() + metrics["anchor_patches"].item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        far.append(loss.item())
+    assert far[-1] < 0.2 * far[0]
+
+
+# whole runs
+
+
+@pytest.fixture(scope="module")
+def whole(starts: dict[str, Path], labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    adapt(Pictures(16), start=starts["mae"], out=out, **rising(labelled))
+    return out
+
+
+def rising(labelled: Path) -> dict[str, Any]:
+    """So fast that there is something to choose."""
+    return {**knobs("mae"), **QUIET, "steps": 6, "lr": 0.05, "backbone_rate": 1.0, "eval": str(labelled)}
+
+
+def test_noise_is_refused_and_the_start_handed_back(starts: dict[str, Path], labelled: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    folder = tmp_path / "noise"
+    folder.mkdir()
+    for number in range(16):
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    run = adapt(str(folder), start=starts["mae"], out=tmp_path / "run", **rising(labelled))
+    summary = run.summary
+    assert summary["gate"]["passed"] is False and summary["gate"]["handed_over"] == "start", summary["gate"]
+    assert same(backbone(run.path), backbone(starts["mae"]))
+    assert summary["before"]["watch"].keys() == summary["after"]["watch"].keys() == {"knn", "linear"}
+    assert summary["before"]["test"] == {key: summary["eval"][-1][key] for key in ("knn", "linear")}
+    assert run.record["gate"] == summary["gate"] and (run.path / "report.html").exists()
+
+
+def test_what_passes_is_handed_over(
+    starts: dict[str, Path], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best on the pictures that choose, which here is that of step 5 by decree."""
+    values = iter([0.0, 10.0, 20.0, 30.0, 40.0, 80.0, 70.0, 80.0])  # first the start, last the candidate
+    monkeypatch.setattr(Live, "measure", lambda *_: dict.fromkeys(("knn", "linear"), next(values)))
+    asked: list[Any] = []
+    monkeypatch.setattr(gate, "judge", lambda *answers: asked.append(answers) or {"passed": True, "reason": "decree"})
+    run = adapt(Pictures(16), start=starts["mae"], out=tmp_path / "run", **rising(labelled))
+    assert run.record["best"]["step"] == 5 and run.record["gate"]["handed_over"] == "candidate"
+    assert same(backbone(run.path), backbone(run.path / "best"))
+    assert not same(backbone(run.path), backbone(starts["mae"]))
+    assert load(run.path).record["steps"] == 5 and natural(run.path) == "mae"
+    ((before, after, names),) = asked
+    data = read_labelled(labelled, None, 64, 3)
+    assert sorted(names) == sorted(data.names(gate.divide(data)[2])) and len(before) == len(after) == len(names)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_that_was_stopped_ends_the_same(
+    starts: dict[str, Path], labelled: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    class Requests(dict[str, bool]):
+        """A stop is requested at this step."""
+
+        asked = 0
+
+        def __getitem__(self, name: str) -> bool:
+            self.asked += 1
+            return self.asked == step
+
+    @contextlib.contextmanager
+    def stopping() -> Iterator[dict[str, bool]]:
+        yield Requests()
+
+    out, settings = tmp_path / "run", rising(labelled)
+    with monkeypatch.context() as once:
+        once.setattr(page_of_adapt, "stop_requests", stopping)
+        with pytest.raises(SaccadeError, match=f"stopped on request at step {step}") as stopped:
+            adapt(Pictures(16), start=starts["mae"], out=out, **settings)
+    assert stopped.value.code == 75
+    with pytest.raises(SaccadeError, match=r"warm was 0\.2"):
+        adapt(Pictures(16), start=starts["mae"], out=out, **settings, warm=0.3)
+    adapt(Pictures(16), start=starts["mae"], out=out, **settings)
+    record, other = (json.loads((run / "record.json").read_text()) for run in (out, whole))
+    assert [record[name] for name in ("before", "after", "gate", "best")] == [
+        other[name] for name in ("before", "after", "gate", "best")
+    ]
+    assert same(backbone(out), backbone(whole))
+
+
+@pytest.mark.parametrize("case", CASES[1:])
+def test_every_kind_of_method_adapts(case: str, starts: dict[str, Path], tmp_path: Path) -> None:
+    """Without labels: measured by hints alone, and called unverified."""
+    run = adapt(Pictures(16), start=starts[case], out=tmp_path / "run", steps=4, **knobs(case), **QUIET)
+    assert run.config["recipe"] == case.partition("-")[0] and run.config["verb"] == "adapt"
+    assert run.summary["gate"]["passed"] is None and "unverified" in run.summary["gate"]["reason"]
+    assert run.summary["before"]["hints"].keys() == {"rank", "spread"} and "watch" not in run.summary["before"]
+    assert run.summary["after"]["hints"]["drift"] == pytest.approx(0, abs=0.01)
+    assert not same(backbone(run.path), backbone(starts[case]))
+    assert load(run.path).backbone.config == load(starts[case]).backbone.config
+
+
+# what to go on with, and the words for it
+
+
+def test_the_recipe_follows_from_how_the_backbone_was_made(starts: dict[str, Path]) -> None:
+    assert natural(starts["simclr-on-a-convnet"]) == "simclr"
+    named = {family.recipe for family in published.families().values()}
+    assert named <= {None, *recipe.names()} and {"mae", "dino", "dinov2", "dinov3", "simclr", None} <= named
+    encoder = load(starts["mae"])
+    encoder.record["family"] = "clip"
+    with pytest.raises(SaccadeError, match="no recipe here goes on with clip") as mistake:
+        natural(encoder)
+    assert mistake.value.path == "--recipe"
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (("pictures", "--out", "run"), "--from"),
+        (("pictures", "--from", "nowhere", "--out", "run"), "nowhere"),
+        (("pictures", "--from", "START"), "--out"),
+        (("pictures", "--from", "START", "--out", "run", "--anchor-tokens", "2"), "--anchor-tokens"),
+        (("pictures", "--from", "START", "--out", "run", "--freeze-blocks", "-1"), "--freeze-blocks"),
+        (("pictures", "--from", "START", "--out", "run", "--decoder-widht", "4"), "--decoder-widht"),
+    ],
+)
+def test_wrong_words(
+    words: tuple[str, ...], path: str, starts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [str(starts["mae"]) if word == "START" else word for word in words]
+    assert cli.main(["adapt", *said, "--json"]) == cli.WRONG_USE
+    assert json.loads(capsys.readouterr().out)["path"] == path
+
+
+def test_the_command_line_says_the_same(
+    starts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Done:
+        summary = {"gate": {"passed": True}}  # noqa: RUF012
+
+    def record(data: list[str], **settings: Any) -> Done:
+        asked.update(settings, data=data)
+        return Done()
+
+    monkeypatch.setattr(page_of_adapt, "adapt", record)
+    words = ["adapt", "a", "b", "--from", str(starts["mae"]), "--out", str(tmp_path / "run"), "--minutes", "2"]
+    assert cli.main([*words, "--decoder-width", "48", "--warm", "0.5", "--json"]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["gate"] == {"passed": True}
+    assert (asked["start"], asked["minutes"], asked["decoder_width"], asked["warm"]) == (
+        str(starts["mae"]),
+        2.0,
+        48,
+        0.5,
+    )
+    assert asked["data"] == ["a", "b"] and "lr" not in asked and "batch" not in asked
+
+
+def test_too_many_frozen_blocks_and_accumulated_pairs_are_refused(starts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SaccadeError, match="leaves nothing") as mistake:
+        adapt(Pictures(16), start=starts["mae"], out=tmp_path / "a", steps=4, freeze_blocks=12, **knobs("mae"), **QUIET)
+    assert mistake.value.path == "--freeze-blocks"
+    case = "simclr-on-a-convnet"
+    with pytest.raises(SaccadeError, match="cannot accumulate"):
+        adapt(Pictures(16), start=starts[case], out=tmp_path / "b", steps=4, accumulate=2, **knobs(case), **QUIET)
