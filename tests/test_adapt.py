@@ -197,7 +197,6 @@ def test_the_backbone_stands_still_then_moves_slowly(case: str, starts: dict[str
     layers, last = optim.layers_of(key for key, _ in trained.named_parameters())
     assert moved and {layers[key] for key in moved} <= set(range(2, last + 1)), "early blocks and statistics stay"
     assert 0 < max(abs(trained.state_dict()[key] - start[key]).max() for key in moved) < 0.01
-    assert metrics[-1]["loss"] > metrics[-1]["cls_loss"] or metrics[-1]["anchor_token"] == 0
     assert same(dict(method.anchor.state_dict()), start)
 
 

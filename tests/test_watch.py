@@ -14,7 +14,7 @@ from toys import RECIPES, forge, small
 from toys.sources import Pictures
 
 import saccade.recipes
-from saccade import distributed, load, pretrain, watch
+from saccade import distributed, load, pretrain, vit, watch, weights
 from saccade.data import Sample
 from saccade.encoder import Preprocess
 from saccade.errors import SaccadeError
@@ -238,3 +238,15 @@ def test_another_yardstick_is_another_run(workshop: forge.Forge, data: Path, lab
     assert told["codes"] == [2] and f"eval was {labelled}, and is {data} now" in told["said"], told["said"]
     with pytest.raises(SaccadeError, match="no backbone"):
         load(whole / "checkpoints")
+
+
+def test_what_is_saved_computes_what_was_trained(tmp_path: Path) -> None:
+    """A start's own switches (here the scales of its branches) belong to the copy that is looked at and saved."""
+    size = {"arch": "vit-ti/8", "image_size": 32}
+    weights.save_backbone(tmp_path / "start", vit.build("vit-ti/8", image_size=32, layer_scale=0.5), {"licence": "x"})
+    settings = {**small("dino"), **size, "steps": 1, "workers": 0}
+    run = pretrain(Pictures(8), recipe="dino", out=tmp_path / "run", init=str(tmp_path / "start"), **settings)
+    found, before = load(run.path).backbone, load(tmp_path / "start").backbone
+    assert found.config.layer_scale == 0.5
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found(images).cls, before(images).cls, rtol=0, atol=1e-4)  # its first step has no rate

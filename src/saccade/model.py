@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,17 +20,22 @@ from saccade.settings import PretrainArguments
 
 
 def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dict[str, Any]]:
-    """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from."""
+    """The method on the CPU, every weight a function of the seed, and where the backbone's weights come from.
+
+    `switches` there are what a network like it must be built with; a `Model` keeps them on its `page`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         start = weights.load(init, channels=config.channels) if init else None
-        switches = config.backbone() | (weights.switches(start) if start else {}) | dict(page.switches)
+        kept = (weights.switches(start) if start else {}) | dict(page.switches)
+        switches = config.backbone() | kept
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
-        record = {"weights": "random", "seed": config.seed}
+        record: dict[str, Any] = {"weights": "random", "seed": config.seed}
         if start:
             record = {**weights.load_state(backbone, start), "derived_from": weights.origins(start.record)}
         method = page.method(config, backbone, {})
-        return method, record | (weights.load_decoder(method, backbone, start) if start else {})
+        record |= weights.load_decoder(method, backbone, start) if start else {}
+        return method, record | {"switches": kept}
 
 
 def precision_of(asked: str, device: torch.device) -> torch.dtype:
@@ -49,6 +55,7 @@ class Model:
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.method, self.initial = build(page, config, arguments.init)
+        self.page = replace(page, switches=self.initial.pop("switches"))
         self.method.to(ranks.device)
         if arguments.compile:
             self.method.compile()

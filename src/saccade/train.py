@@ -76,7 +76,7 @@ class Pretraining:
         if "revision" in began:  # a published name may mean another commit by now
             self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
-        self.watch = self.watching(page, arguments, self.source, self.run, ranks)
+        self.watch = self.watching(arguments, self.source, self.run, ranks)
         self.stage = -1
         self.delivered: Tensor | None = None
         self.model: Model
@@ -273,7 +273,7 @@ class Pretraining:
                 scores = self._hand_over(encoder)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
-            shown = report.shown_by(self.page, self.model.config, self.source, tensors)
+            shown = report.shown_by(self.model.page, self.model.config, self.source, tensors)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
 
     def _hand_over(self, encoder: Encoder) -> dict[str, Any] | None:

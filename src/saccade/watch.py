@@ -24,7 +24,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.evaluate.live import Live
 from saccade.model import Model, build
-from saccade.recipe import Recipe, Training
+from saccade.recipe import Training
 from saccade.run import Run, verify
 from saccade.settings import PretrainArguments
 
@@ -43,14 +43,14 @@ class Watch:
     measure = "linear"
     """The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
-    def __init__(self, page: Recipe, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks):
-        self.page, self.arguments, self.source, self.run, self.ranks = page, arguments, source, run, ranks
+    def __init__(self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks):
+        self.arguments, self.source, self.run, self.ranks = arguments, source, run, ranks
         self.best: dict[str, Any] | None = None
         self.encoder: Encoder | None = None
 
     def begin(self, model: Model, steps: int, say: Callable[[str], None]) -> None:
         """A session begins; what was seen before is read from the run. Raises `SaccadeError` for bad labelled data."""
-        config = model.config
+        config, self.page = model.config, model.page
         self._say, self.steps = say, steps
         self._count = min(256, max(64, config.batch // 2))
         self._every = max(50, -(-75 * self._count // config.batch))
