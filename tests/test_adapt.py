@@ -190,6 +190,9 @@ def test_the_backbone_stands_still_then_moves_slowly(case: str, starts: dict[str
     metrics = [step(t) for t in (0.1, 0.3)]
     assert all(values["anchor_token"] == pytest.approx(0, abs=1e-5) for values in metrics)
     assert all(torch.equal(tensor, start[key]) for key, tensor in trained.state_dict().items())
+    inside = {id(parameter) for parameter in trained.parameters()}
+    slow = [p for group in model.optimizer.groups for p in group.parameters.values() if id(p) in inside]
+    assert slow and not any(model.optimizer.optimizer.state[p]["step"] for p in slow), "nor do its moments begin"
     assert any(not torch.equal(p, heads[key]) for key, p in method.inner.named_parameters() if key in heads)
     for t in (0.5, 0.7):
         metrics.append(step(t))

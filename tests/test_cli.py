@@ -17,7 +17,7 @@ import pytest
 import saccade
 from saccade import cli, recipe
 from saccade.errors import SaccadeError
-from saccade.settings import PretrainArguments
+from saccade.settings import PretrainArguments, spelled
 
 
 def spent(*words: str) -> tuple[float, set[str], str]:
@@ -64,7 +64,7 @@ def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
     assert "torch" not in packages
     assert seconds < 1.2
     for name in cli.VERBS[verb].arguments.model_fields:
-        assert settings.spelled(cli.VERBS[verb].arguments, name) in text
+        assert spelled(cli.VERBS[verb].arguments, name) in text
     assert "=" not in text.splitlines()[0]
 
 
