@@ -1,15 +1,18 @@
 """Pictures to class tokens: images/s beside transformers, timm and OpenVINO, the same ViT-S/16 of 224 px in float32.
 
-    python benchmarks/embed.py [--family dino dinov3] [--batch 16] [--threads 1] [--rounds 9] [--int8 MODEL.onnx]
+    python benchmarks/embed.py [--family dino dinov3] [--batch 16] [--threads 1] [--rounds 9] [--int8]
 
 An environment of its own holds torch, transformers, timm with its torchvision, openvino and what saccade needs (for
-`--int8` also onnxruntime); saccade is found by PYTHONPATH=src, and a contender that is not installed is left out.
+`--int8` also onnxruntime, onnx and onnxscript); saccade is found by PYTHONPATH=src, and a contender that is not
+installed is left out.
 
 transformers' model is made with random weights and saved by itself; saccade loads that folder as any published
 checkpoint, and OpenVINO converts the model: the three must say the same. transformers attends by SDPA, timm is compiled
 (it has random weights of its own), OpenVINO is told float32 (it would take bfloat16 where a CPU has it) and gets a
 share of the batch for each thread, saccade runs as `saccade embed` does and gets uint8; the others get floats that are
-normalised already. int8: a model that `saccade export --to onnx` has written, in onnxruntime.
+normalised already. int8: what `saccade.export(to="onnx")` writes of the same model and `saccade.onnx.matrices` makes of
+that in each of its ways, in onnxruntime, from floats. Random weights have no neighbours to keep, so the gate is not
+asked here; which of the ways it lets pass with real weights is in docs/log.md.
 
 The contenders take turns within every round, so that what else the machine does hits all alike. A ratio is the median
 over rounds of their time to ours. Seconds are of the CPU with one thread, else on the clock.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import platform
 import statistics
@@ -88,22 +92,34 @@ def openvino_step(model: nn.Module, images: Tensor, threads: int) -> Step:
     return step
 
 
-def int8_step(path: str, pictures: Tensor, threads: int) -> Step:
-    import onnxruntime
+def int8_steps(encoder: Any, pictures: Tensor, folder: Path) -> dict[str, Step]:
+    """Every way to int8, calibrated on noise: the values do not matter to the speed."""
+    from saccade.onnx.files import opened, session
+    from saccade.onnx.int8 import prepared
+    from saccade.onnx.matrices import look, matrices, quantise_matrices, schemes
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    asked, said = session.get_inputs()[0].name, session.get_outputs()[0].name
+    saccade.export(encoder, to="onnx", out=folder)
+    graph_file = prepared(folder / "model.onnx", folder)
+    found = matrices(opened(graph_file).graph, encoder.backbone.config)
+    seen = look(graph_file, found, [pictures])
     ready = (pictures.float() / 255).numpy()
-    return lambda: session.run([said], {asked: ready})[0]
+    steps: dict[str, Step] = {}
+    for name, chosen in zip(("int8", "int8 from 1/4 on", "int8 from 1/2 on"), schemes(found).values(), strict=True):
+        file = folder / "int8.onnx"
+        quantise_matrices(graph_file, file, chosen, seen)
+        steps[name] = functools.partial(_embedding, session(file), ready)
+    return steps
+
+
+def _embedding(run: Any, images: Any) -> Any:
+    return run.run(["embedding"], {"images": images})[0]
 
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def contenders(family: str, batch: int, threads: int, int8: str | None, stack: contextlib.ExitStack) -> dict[str, Step]:
+def contenders(family: str, batch: int, threads: int, int8: bool, stack: contextlib.ExitStack) -> dict[str, Step]:
     """One step each, all of them warm; those that can be compared are."""
     torch.manual_seed(0)
     pictures = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -112,6 +128,7 @@ def contenders(family: str, batch: int, threads: int, int8: str | None, stack: c
         folder = Path(place) / f"{family}-vits16"
         model.save_pretrained(folder)
         encoder = saccade.load(folder)
+        quantised = int8_steps(encoder, pictures, Path(place) / "onnx") if int8 else {}
     images = encoder.backbone.normalise(pictures)
     look = stack.enter_context(examining(encoder))
     ready: dict[str, Step] = {
@@ -126,8 +143,7 @@ def contenders(family: str, batch: int, threads: int, int8: str | None, stack: c
         ready["timm compiled"] = lambda: compiled(images)
     if installed("openvino"):
         ready["openvino f32"] = openvino_step(model, images, threads)
-    if int8 is not None:
-        ready["int8 onnxruntime"] = int8_step(int8, pictures, threads)
+    ready |= quantised
     ours = ready["saccade"]()
     for who, step in ready.items():
         said = torch.as_tensor(step())
@@ -178,7 +194,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--int8", help="an int8 ONNX file of this geometry")
+    parser.add_argument("--int8", action="store_true", help="int8 in onnxruntime too, written in passing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_memory()  # `saccade embed` does, and it helps all

@@ -28,6 +28,9 @@ LAYERS = {
         [
             "run",
             "weights",
+            "checkpoint",
+            "initial",
+            "provenance",
             "encoder",
             "tensors",
             "torchscript",

@@ -272,6 +272,35 @@ def test_a_reader_that_goes_away_is_no_bug() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_scores_are_a_table() -> None:
+    few = {"5": {"mean": 50.0, "std": 2.0}, "100": {"mean": None, "std": None, "skipped": "too few"}}
+    pixels = {"knn": 40.0, "few_label": {"5": {"mean": 30.0, "std": 1.0}}}
+    better = {"mean": 20.0, "two_standard_errors": 4.0, "verdict": "better", "against": "pixels"}
+    text = cli._scores(
+        {
+            "ok": True,
+            "backbone": "runs/first",
+            "knn": 60.04,
+            "few_label": few,
+            "pooled": {"chosen": "cls", "by": "knn on 5 samples held out of train"},
+            "baselines": {"pixels": pixels, "majority": 10.0},
+            "differences": {"knn": better, "few_label": {"5": better}},
+        }
+    )
+    table = [line.split() for line in text.splitlines()]
+    assert table[1] == ["this", "backbone", "60.0", "50.0", "±", "2.0", "-"]
+    assert table[2] == ["raw", "pixels", "40.0", "30.0", "±", "1.0"]
+    assert table[3][-2:] == ["better", "better"]
+    assert "runs/first" in text and "majority 10" in text and "cls, chosen by knn" in text
+
+
+def test_data_are_looked_at_before_a_backbone_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["embed", "--out", str(tmp_path / "index")], ["evaluate"]):
+        assert cli.main([verb[0], "nobody/nothing", str(tmp_path / "missing"), *verb[1:]]) == 2
+        said = capsys.readouterr().err
+        assert "missing" in said and "nobody" not in said
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == saccade.__version__

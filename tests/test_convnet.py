@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import saccade
-from saccade import backbone, convnet, optim, vit, weights
+from saccade import backbone, convnet, initial, optim, vit, weights
 from saccade.encoder import untrained
 from saccade.errors import SaccadeError
 from saccade.evaluate.features import _poolings
@@ -361,8 +361,8 @@ def test_weights_of_another_family_are_refused_and_of_this_one_taken(tmp_path: P
     weights.save_backbone(tmp_path, network, {"licence": "CC0-1.0"})
     fresh = TINY["resnet"](image_size=24)
     saved = weights.load(tmp_path)
-    assert weights.load_state(fresh, saved)["licence"] == "CC0-1.0"
+    assert initial.load_state(fresh, saved)["licence"] == "CC0-1.0"
     assert torch.equal(fresh.layer1[0].conv1.weight, network.layer1[0].conv1.weight)
     for other in (TINY["convnext"](), vit.build("vit-ti/4", image_size=16)):
         with pytest.raises(SaccadeError, match="another architecture"):
-            weights.load_state(other, saved)
+            initial.load_state(other, saved)

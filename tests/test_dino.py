@@ -112,7 +112,7 @@ def test_many_channels_and_no_small_crops() -> None:
         seen(4, configure(channels=13))
     config = configure(channels=13, colour=0, grey=0, local_crops=0)
     views = seen(4, config)
-    assert views.keys() == {"globals", "drop", "stretch"} and views["globals"].shape == (8, 13, 16, 16)
+    assert views.keys() == {"globals", "drop"} and views["globals"].shape == (8, 13, 16, 16)
     loss, _ = build(config)(views, torch.tensor(0.0))
     assert loss.isfinite()
 
@@ -361,3 +361,10 @@ def test_wrong_settings_are_named() -> None:
     views = seen(4, method.config)
     with pytest.raises(SaccadeError, match="divisible by patch 4"):
         method(views, torch.tensor(0.0))
+
+
+def test_a_small_crop_that_patches_do_not_divide_is_named() -> None:
+    page, config = recipe.configure("dino:small_machine", {"local_size": 20})
+    with pytest.raises(SaccadeError, match="size 20 is not divisible by patch 8") as caught:
+        model.build(page, config, None)
+    assert caught.value.path == "--local-size"

@@ -148,6 +148,11 @@ def test_coordinates_are_stretched_anew_in_every_block() -> None:
     assert not torch.allclose(first, none, atol=1e-4) and not torch.allclose(first, second, atol=1e-4)
 
 
+def test_without_small_crops() -> None:
+    made, seen = method("first", local_crops=0), views("first", local_crops=0)
+    assert "locals" not in seen and torch.isfinite(made(seen, torch.tensor(0.1))[0])
+
+
 def test_small_crops_may_have_a_norm_of_their_own() -> None:
     made = method("first", local_norm=True)
     loss, _ = made(views("first"), torch.tensor(0.1))

@@ -50,7 +50,7 @@ def batch(step: int, samples: slice = slice(0, 4), *, hide: float = 0.4) -> Batc
     hidden = torch.rand(2, 4, 16, generator=generator) < hide
     hidden[:, 2:] = False
     words = torch.zeros(3, 4, dtype=torch.long)
-    made = {"globals": large, "locals": small, "hide": hidden, "drop": words, "stretch": words}
+    made = {"globals": large, "locals": small, "hide": hidden, "drop": words}
     return {name: x[:, samples].flatten(0, 1) for name, x in made.items()}
 
 

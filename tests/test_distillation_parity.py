@@ -81,7 +81,7 @@ def three_steps(kind: str, **changes: Any) -> float:
         large, small, hide = reference.inputs(step)
         t = torch.tensor(step * UNTIL / (reference.STEPS - 1), dtype=torch.float64)
         words = torch.zeros(len(large) + len(small), dtype=torch.long)
-        loss, _ = method({"globals": large, "locals": small, "hide": hide, "drop": words, "stretch": words}, t)
+        loss, _ = method({"globals": large, "locals": small, "hide": hide, "drop": words}, t)
         loss.backward()
         method.after_step(t)
         told.append(loss.detach())

@@ -61,7 +61,7 @@ def test_rows_are_what_the_encoder_says(tmp_path: Path, backbone: Path) -> None:
         assert index.vectors(token).dtype == np.float32 and not index.vectors(token)[3].any()
     assert index.keys[7] == "007.png"
     summary = index.summary()
-    assert summary.keys() == {"index", "count", "dim", "tokens", "images_per_second", "quarantined"}
+    assert summary.keys() == {"index", "image_size", "count", "dim", "tokens", "images_per_second", "quarantined"}
     assert (summary["count"], summary["dim"], summary["quarantined"]) == (9, 16, 1)
     assert json.loads((tmp_path / "index" / "quarantine.jsonl").read_text())["key"] == "003.png"
     assert (

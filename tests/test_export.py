@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade
-from saccade import backbone, card, naming, published, weights
+from saccade import backbone, card, naming, provenance, published, weights
 from saccade.cli import main
 from saccade.convnet import ConvNeXt, ConvNeXtConfig, ResNet, ResNetConfig
 from saccade.encoder import Encoder
@@ -293,6 +293,7 @@ def test_what_is_written_for_timm(case: str, tmp_path: Path) -> None:
     encoder = weights.load(_run(tmp_path / "run", network))
     result = export(tmp_path / "run", to="timm", out=tmp_path / "out")
     assert result["checked"]["by"].startswith("timm" if TIMM else "saccade")
+    assert ("timm was not there to read it" in " ".join(result["notes"])) is not bool(TIMM)
     assert result["checked"]["max_abs_difference"] < 1e-5
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["architecture"] == architecture and said["num_features"] == 32 and said["num_classes"] == 0
@@ -350,7 +351,10 @@ def test_timm_has_every_network_that_is_named() -> None:
             switches = {"pooling": family.pooling, **family.switches, **size.numbers, **size.switches}
             if family.switches.get("position") == "rope":
                 switches["qkv_bias"] = "k_masked"  # what its tensors tell
-            config = ViTConfig(**switches)
+            if family.network == "resnet" and switches["widths"][0] != 64:
+                continue  # timm has none with a wider stem
+            kind = backbone.FAMILIES[family.network].config
+            config = kind(**{key: value for key, value in switches.items() if key in kind.model_fields})
             assert timm.is_model(naming.timm(config, family.name, name).architecture), (family.name, name)
 
 
@@ -437,6 +441,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         export(tmp_path / "run", to="safetensors", out=tmp_path / "deep" / "out")
     assert not list((tmp_path / "deep").iterdir())
+    with pytest.raises(SaccadeError, match="cannot be made"):
+        export(tmp_path / "run", to="safetensors", out=tmp_path / "mine" / "notes.txt" / "out")
     with pytest.raises(SaccadeError, match="hf"):
         export(tmp_path / "run", to="hff", out=tmp_path / "out")
 
@@ -473,15 +479,16 @@ def test_a_run_that_started_from_others_weights_says_under_which_terms(
     far: bool, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     start = weights.load(saved("dinov3"))
-    initial = {"family": "saccade", "licence": None, "initial": start.record} if far else start.record
-    _run(tmp_path / "run", start.backbone, initial=initial, licence=None if far else start.record["licence"])
+    began = {"family": "saccade", "licence": None, "initial": start.record} if far else start.record
+    behind = provenance.origins(start.record)  # what a run writes down, after any number of runs
+    _run(tmp_path / "run", start.backbone, initial=began, derived_from=behind, licence=None)
     result = export(tmp_path / "run", to="safetensors", out=tmp_path / "out")
     assert result["licence"] == "DINOv3 License" and "custom licence" in result["terms"]
     front, text = _front(tmp_path / "out")
     assert front["license"] == "other" and front["license_name"] == "DINOv3 License"
     assert front["license_link"].endswith("dinov3-license/")
-    assert "It started from dinov3 weights" in text and "bound by it too" in text
-    assert card.terms_of(weights.load(tmp_path / "out").record)["licence"] == "DINOv3 License"
+    assert "It derives from dinov3 weights" in text and "bound by it too" in text
+    assert provenance.terms_of(weights.load(tmp_path / "out").record)["licence"] == "DINOv3 License"
 
 
 def test_a_non_commercial_licence_is_in_the_card(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from saccade.embed import embed
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
+from saccade.initial import load_state
 from saccade.onnx import check, files, quantise, write, writing
-from saccade.onnx.int8 import agreement
-from saccade.vit import Features
-from saccade.weights import load, load_state, save_backbone
+from saccade.onnx import matrices as int8_matrices
+from saccade.onnx.int8 import agreement, prepared
+from saccade.vit import Features, ViTConfig
+from saccade.weights import load, save_backbone
 
 TINY = {"depth": 1, "width": 24, "heads": 2, "hidden": 32, "image_size": 32}
 QUICK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,6 +42,7 @@ SLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("vit-ti/8", {**TINY, "cls": False, "pooling": "map", "activation": "gelu_tanh"}),
     "mae": ("vit-ti/8", {**TINY, "pooling": "mean"}),
     "registers": ("vit-ti/8", {**TINY, "position_antialias": True, "registers": 2}),
+    "naflex": ("vit-ti/8", {**TINY, "position_antialias": True, "position_linear": True}),
     "both": ("vit-ti/8", {**TINY, "position_antialias": True, "position_offset": 0.1}),
     "clip": ("vit-ti/8", {**TINY, "pre_norm": True, "activation": "gelu_quick", "patch_bias": False}),
     "swiglu": ("vit-ti/8", {**TINY, "position": "rope", "activation": "swiglu"}),
@@ -60,8 +63,9 @@ def drawn(kind: str) -> Encoder:
     arch, switches = (QUICK | SLOW)[kind]
     network = backbone.build(arch, **switches)
     generator = torch.Generator().manual_seed(0)
+    formula = {"pos_embed"} if str(switches.get("position", "")).startswith("sincos") else set()
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if not tensor.is_floating_point() or name in ("mean", "std") or name.endswith("periods"):
+        if name in formula or not tensor.is_floating_point() or name in ("mean", "std") or name.endswith("periods"):
             continue
         matrix = tensor.ndim > 1 and name != "pos_embed"
         spread = tensor[0].numel() ** -0.5 if matrix else 0.3
@@ -92,7 +96,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[E
 def test_onnxruntime_gives_the_same_features(written: Any, kind: str) -> None:
     """Slow: torch takes seconds for an export, whatever the size of the network."""
     encoder, folder = written(kind)
-    assert check(encoder, folder) < 1e-5
+    assert check(encoder, folder) < (3e-5 if kind == "conv" else 1e-5)  # its last map is far from 1
     graph = onnx.load(folder / "model.onnx").graph
     operators = {node.op_type for inner in files._graphs(graph) for node in inner.node}
     assert not operators & {"If", "Loop", "Scan", "Resize"}
@@ -220,7 +224,7 @@ def test_a_graph_of_others_is_fed_as_it_declares(tmp_path: Path, last: bool) -> 
         features = encoder(pictures)
         torch.testing.assert_close(encoder.embedding(features), wanted)
         assert features.patches.shape == (2, 0, 6) and encoder.backbone.config.width == 6
-    assert encoder.record["family"] == "onnx" and encoder.record["licence"] is None
+    assert encoder.record["family"] == "onnx" and encoder.record["licence"] == "unknown"
 
 
 def test_floats_need_a_word_on_their_normalisation(tmp_path: Path) -> None:
@@ -330,16 +334,18 @@ def anonymous(named: dict[str, torch.Tensor]) -> Any:
     return helper.make_model(helper.make_graph(nodes, "g", [vector], [vector], stored))
 
 
-def test_the_matrices_of_resizing_are_torchs() -> None:
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_the_matrices_of_resizing_are_torchs(linear: bool, antialias: bool) -> None:
     table = torch.randn(1, 4, 6, 5, generator=torch.Generator().manual_seed(0))
-    for antialias in (False, True):
-        for to in ((3, 9), (6, 5), (11, 2)):
-            down, across = (
-                writing._resizing(n, side, 0.0, antialias, torch.tensor(False))
-                for n, side in zip(to, (6, 5), strict=True)
-            )
-            wanted = nn.functional.interpolate(table, size=to, mode="bicubic", antialias=antialias)
-            torch.testing.assert_close(down @ table @ across.T, wanted, atol=1e-5, rtol=0)
+    config = ViTConfig(position_linear=linear, position_antialias=antialias)
+    for to in ((3, 9), (6, 5), (11, 2)):
+        down, across = (
+            writing._resizing(n, side, config, torch.tensor(False)) for n, side in zip(to, (6, 5), strict=True)
+        )
+        mode = "bilinear" if linear else "bicubic"
+        wanted = nn.functional.interpolate(table, size=to, mode=mode, antialias=antialias)
+        torch.testing.assert_close(down @ table @ across.T, wanted, atol=1e-5, rtol=0)
 
 
 class Colours(Source):
@@ -367,8 +373,7 @@ def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path,
     assert found["file"] == "model_int8.onnx" and 0.5 < found["overlap"] < 1 and 0 < found["top1"] <= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model_int8.onnx"]
     assert len(set(pictures.read)) == len(pictures.read)  # what calibrates does not judge
-    calibration = 64 if kind == "conv" else 0
-    assert found["pictures"] == {"gate": 170 - calibration, "calibration": calibration}
+    assert found["pictures"] == {"gate": 106, "calibration": 64} and found["kept"] == "nothing"
     assert {"fp32", "int8", "ratio"} == found["images_per_second"].keys()
     again = load(tmp_path / "model_int8.onnx")
     assert again.record["int8"]["overlap"] == found["overlap"] and again.record["recipe"] == kind
@@ -383,10 +388,44 @@ def test_int8_that_keeps_the_neighbours_is_written(written: Any, tmp_path: Path,
 def test_int8_that_loses_neighbours_is_not_written(written: Any, tmp_path: Path) -> None:
     shutil.copy(written("rope")[1] / "model.onnx", tmp_path)
     with pytest.raises(SaccadeError, match=r"keeps \d\d\.\d% of the 10 nearest neighbours, and 100% are asked"):
-        quantise(tmp_path, Colours(100), least=1.0)
-    with pytest.raises(SaccadeError, match="99 pictures are too few"):
-        quantise(tmp_path, Colours(99))
+        quantise(tmp_path, Colours(164), least=1.0)
+    with pytest.raises(SaccadeError, match="163 pictures are too few"):
+        quantise(tmp_path, Colours(163))
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_activations_are_scaled_and_nothing_changes(written: Any, tmp_path: Path) -> None:
+    """Before anything is rounded the network is the same, and every channel of a norm has about the same range."""
+    encoder, folder = written("rope")
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    graph_file = prepared(folder / "model.onnx", tmp_path)
+    model = onnx.load(graph_file)
+    found = int8_matrices.matrices(model.graph, encoder.backbone.config)
+    assert len(found) == sum(isinstance(part, nn.Linear) for part in encoder.backbone.blocks.modules())
+    seen = int8_matrices.look(graph_file, found, [images])
+    scales = int8_matrices._smooth(model.graph, found, seen)
+    onnx.save(model, graph_file)
+    before, after = (
+        files.session(file).run(None, {"images": images.numpy()}) for file in (folder / "model.onnx", graph_file)
+    )
+    assert max(np.abs(a - b).max() for a, b in zip(before, after, strict=True)) < 1e-5
+    norms = [one for one in found if one.reads in scales and one.shape[0] < one.shape[1]]
+    assert norms and all(
+        (seen[one.reads].largest / scales[one.reads]).log().std() < 0.8 * seen[one.reads].largest.log().std()
+        for one in norms
+    )
+
+
+def test_rounding_minds_what_the_matrix_meets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(500, 8, generator=generator) @ torch.randn(8, 150, generator=generator)  # few directions
+    weight = torch.randn(150, 20, generator=generator)
+    steps = weight.abs().amax(0) / 127
+    rounded = int8_matrices._round(weight, steps, tokens.T @ tokens)
+    nearest = (weight / steps).round()
+    assert rounded.dtype == torch.int8
+    worse, better = ((tokens @ (whole * steps - weight)).square().mean() for whole in (nearest, rounded))
+    assert better < worse / 10
 
 
 def test_agreement_counts_neighbours() -> None:

@@ -76,7 +76,7 @@ def test_commands_in_the_documents_are_understood(name: str, monkeypatch: pytest
     """Every `saccade …` line is read as the command line reads it; nothing is run."""
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("epochs: 3\n")
-    quiet = {verb: dataclasses.replace(entry, call=lambda values: {}) for verb, entry in cli.VERBS.items()}
+    quiet = {verb: dataclasses.replace(entry, call=lambda values: {}, show=None) for verb, entry in cli.VERBS.items()}
     monkeypatch.setattr(cli, "VERBS", quiet)
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saccade import backbone, errors, published, vit, weights
+from saccade import backbone, errors, initial, published, vit, weights
 from saccade.cli import main
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
@@ -289,7 +289,7 @@ def test_shards_are_one_checkpoint(saved: Path, oracle: Any) -> None:
     assert difference(encoder, oracle) < 1e-5
     index = saved / "parts" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    assert "names ../model.safetensors, which is not there" in refusal(saved / "parts")
+    assert "names no files of tensors beside it" in refusal(saved / "parts")
 
 
 def test_families_of_like_tensors_are_told_apart_by_name_or_not_at_all(tmp_path: Path, monkeypatch: Any) -> None:
@@ -321,14 +321,14 @@ def test_training_goes_on_from_mae(tmp_path: Path, oracle: Any) -> None:
     model.save_pretrained(tmp_path / "fixed")
     encoder = weights.load(tmp_path / "fixed")
     sizes = {"width": 32, "depth": 2, "hidden": 64}
-    switches = {"position": "sincos", **sizes, **weights.switches(encoder)}
+    switches = {"position": "sincos", **sizes, **initial.switches(encoder)}
     network = backbone.build("vit-ti/8", image_size=48, **switches)
-    record = weights.load_state(network, encoder)
+    record = initial.load_state(network, encoder)
     assert record["family"] == "mae" and record["licence"] == "CC-BY-NC-4.0"
     images = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(network(images).patches, encoder(images).patches, rtol=0, atol=1e-4)
     with pytest.raises(SaccadeError, match="pos_embed"):
-        weights.load_state(network, weights.load(tmp_path / "learned"))
+        initial.load_state(network, weights.load(tmp_path / "learned"))
 
 
 def test_models(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,9 +343,15 @@ def test_models(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert all({"name", "family", "parameters", "licence", "data", "cached"} <= row.keys() for row in rows.values())
     assert main(["models", "vit-mea-base", "--json"]) == 2
     assert "did you mean 'facebook/vit-mae-base'" in json.loads(capsys.readouterr().out)["hint"]
+    assert main(["models", "zzz", "--json"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["hint"]) < 300, "families, not every name"
     assert main(["models", "--json"]) == 0
     every = json.loads(capsys.readouterr().out)["models"]
     assert {row["family"] for row in every} == set(published.families())
+    assert {row["name"] for row in every if not row["hub"]} >= {"ibot/vit-b/16", "resnet50-1x.pth"}
+    assert all(row["hub"] for row in every if row["name"].startswith("facebook/"))
+    assert main(["evaluate", "ibot/vit-b/16", str(tmp_path), "--json"]) == 2
+    assert "on their own server" in json.loads(capsys.readouterr().out)["hint"]
 
 
 def test_families_are_listed_without_torch() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saccade import backbone, published, weights
+from saccade import backbone, initial, published, weights
 from saccade.convnet import ConvNeXt, ConvNeXtConfig, ResNet, ResNetConfig
 from saccade.embed import embed
 from saccade.encoder import Encoder
@@ -390,10 +390,10 @@ def test_a_class_token_of_a_convnet_is_used_everywhere(tmp_path: Path) -> None:
 def test_training_goes_on_with_the_published_switches(tmp_path: Path) -> None:
     _oracle("dinov3-convnext").save_pretrained(tmp_path)
     encoder = weights.load(tmp_path)
-    switches = weights.switches(encoder)
+    switches = initial.switches(encoder)
     assert switches == {"pooled_cls": True, **published.IMAGENET}
     network = backbone.build("convnext-a/32", image_size=64, blocks=BLOCKS, widths=WIDTHS, **switches)
-    weights.load_state(network, encoder)
+    initial.load_state(network, encoder)
     with torch.no_grad():
         assert torch.equal(network.eval().pooled(_pictures()), encoder(_pictures()).cls)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_published_clip import _apart, _images, _model, _official_clip, _ours, _plain, _theirs
 from torch import Tensor, nn
 
-from saccade import published, vit, weights
+from saccade import initial, published, vit, weights
 from saccade.errors import SaccadeError
 from saccade.tensors import read_tensors
 
@@ -350,7 +350,7 @@ def test_what_is_refused_leaves_a_network_as_it_was(tmp_path: Path) -> None:
     network = vit.ViT(encoder.backbone.config.model_copy(update={"depth": 3}))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(SaccadeError, match="12 missing"):
-        weights.load_state(network, encoder)
+        initial.load_state(network, encoder)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 

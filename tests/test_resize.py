@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from toys.sources import Bands
 
 import saccade
-from saccade import backbone, published, vit, weights
+from saccade import backbone, initial, published, vit, weights
 from saccade.cli import main
 from saccade.data import Sample
 from saccade.encoder import Encoder
@@ -169,9 +169,9 @@ def test_a_smaller_patch_is_the_nearest_there_is(tmp_path: Path) -> None:
 def test_every_switch_is_kept_or_said_not_to_be() -> None:
     """A new switch of the ViT is kept where training goes on from an encoder, unless weights.py names it."""
     every = {name for family in backbone.FAMILIES.values() for name in family.config.model_fields}
-    assert set(weights._CHOSEN) < every
+    assert set(initial._CHOSEN) < every
     encoder = Encoder(vit.build("vit-ti/4", image_size=16, **TINY, eps=1e-5, position="rope"), {"family": "saccade"})
-    kept = weights.switches(encoder)
+    kept = initial.switches(encoder)
     assert kept["eps"] == 1e-5 and kept["position"] == "rope" and "width" not in kept
     assert {"heads", "activation", "mean", "std", "position_antialias", "rope_rounded"} <= kept.keys()
 
@@ -179,8 +179,8 @@ def test_every_switch_is_kept_or_said_not_to_be() -> None:
 def test_training_keeps_what_an_own_run_kept(tmp_path: Path) -> None:
     """A run that went on from CLIP is gone on from: its norm before the blocks and its mean are not the defaults."""
     encoder = weights.load(saved(tmp_path, **CLIP), channels=1)
-    network = backbone.build("vit-ti/4", image_size=16, channels=1, **{**TINY, **weights.switches(encoder)})
-    record = weights.load_state(network, encoder)
+    network = backbone.build("vit-ti/4", image_size=16, channels=1, **{**TINY, **initial.switches(encoder)})
+    record = initial.load_state(network, encoder)
     assert record["channels"]["to"] == 1
     torch.testing.assert_close(network.eval()(noise(1)).cls, encoder(noise(1)).cls, rtol=0, atol=1e-6)
 
@@ -352,8 +352,8 @@ def test_a_published_clip_on_grey_pictures(tmp_path: Path, size: str) -> None:
     grey = noise(1, side, side)
     torch.testing.assert_close(tokens(one, grey), tokens(three, grey.expand(-1, 3, -1, -1)), rtol=0, atol=2e-5)
     sizes = {"width": 32, "depth": 2, "hidden": 64}
-    further = backbone.build("vit-ti/4", image_size=24, channels=1, **{**weights.switches(one), **sizes})
-    record = weights.load_state(further, one)
+    further = backbone.build("vit-ti/4", image_size=24, channels=1, **{**initial.switches(one), **sizes})
+    record = initial.load_state(further, one)
     assert record["patch"]["to"] == 4 and record["channels"]["to"] == 1 and record["hash"] == one.record["hash"]
     enlarged = F.interpolate(grey[:, :, :24, :24], scale_factor=2, mode="nearest")
     assert further(enlarged).cls.isfinite().all()

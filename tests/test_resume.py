@@ -272,12 +272,12 @@ def test_changed_data_are_refused_on_resume(
 ) -> None:
     out, mine = tmp_path / "run", tmp_path / "pictures"
     shutil.copytree(data, mine)
-    assert workshop.session(out, mine, steps=1)["codes"] == [0]
+    assert workshop.session(out, mine, steps=2)["codes"] == [0]
     Image.new("RGB", (40, 34), "red").save(mine / "0.png")
-    told = workshop.session(out, mine, steps=1)
+    told = workshop.session(out, mine, steps=2)
     assert told["codes"] == [2] and "the data changed" in told["said"] and "other contents" in told["said"]
     (mine / "0.png").unlink()
-    told = workshop.session(out, mine, steps=1)
+    told = workshop.session(out, mine, steps=2)
     assert told["codes"] == [2] and "30 samples then, 29 now" in told["said"] and told["said"].count("\n") == 1
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from saccade import encoder as encoder_page
-from saccade import vit, weights
+from saccade import initial, vit, weights
 from saccade.encoder import Preprocess, untrained
 from saccade.errors import SaccadeError
 
@@ -122,7 +122,7 @@ def test_a_pickle_is_refused_and_never_opened(saved: Path, name: str, kind: str)
 
 def test_init_from_a_backbone_of_another_size(saved: Path) -> None:
     larger = tiny(24)
-    record = weights.load_state(larger, weights.load(saved))
+    record = initial.load_state(larger, weights.load(saved))
     theirs = weights.load(saved).backbone
     assert record["licence"] == "CC0-1.0"
     torch.testing.assert_close(larger.blocks[1].mlp.fc1.weight, theirs.blocks[1].mlp.fc1.weight, rtol=0, atol=0)
@@ -130,7 +130,7 @@ def test_init_from_a_backbone_of_another_size(saved: Path) -> None:
     images = torch.rand(1, 3, 24, 24)
     torch.testing.assert_close(larger(images).cls, theirs(images).cls)
     with pytest.raises(SaccadeError, match="another architecture"):
-        weights.load_state(tiny(depth=1), weights.load(saved))
+        initial.load_state(tiny(depth=1), weights.load(saved))
 
 
 def test_preprocess_is_the_same_for_file_picture_and_pixels(saved: Path, tmp_path: Path) -> None:
@@ -179,3 +179,24 @@ def test_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     tensors = load_file(saved / "backbone" / "model.safetensors")
     save_file(tensors, tmp_path / "x.safetensors")  # without config.json beside it
     assert "not a whole encoder" in str(refusal(tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("content", [b"junk", b"hello, this is a letter", b"\x80\x02}q\x00", b""])
+def test_what_is_no_pickle_at_all_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(SaccadeError, match="nothing of it was run or loaded") as caught:
+        weights.load(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_picture_without_a_batch_axis_is_told(saved: Path) -> None:
+    encoder = weights.load(saved)
+    with pytest.raises(SaccadeError, match=r"reads batches.*encoder\(picture\[None\]\)"):
+        encoder(torch.zeros(3, 16, 16))
+
+
+def test_init_of_another_architecture_names_the_right_one(saved: Path) -> None:
+    encoder = weights.load(saved)
+    encoder.record["arch"] = "vit-ti/4"
+    with pytest.raises(SaccadeError, match="it is vit-ti/4: give --arch"):
+        initial.load_state(tiny(depth=1), encoder)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from saccade import augment, backbone, distributed, health, losses, optim, published, recipe, weights
+from saccade import augment, backbone, distributed, health, initial, losses, optim, published, recipe, weights
 from saccade.data import Batch, Source
 from saccade.distributed import Ranks
 from saccade.draws import Draws
@@ -116,7 +116,7 @@ def _gently(name: str, encoder: Encoder, settings: dict[str, Any]) -> dict[str, 
 
 def anchored(page: Recipe, asked: AdaptArguments, encoder: Encoder) -> Recipe:
     """The recipe with a backbone like the encoder's, and held to it. The recipe does not know."""
-    switches = weights.switches(encoder)
+    switches = initial.switches(encoder)
     if isinstance(encoder.backbone.config, ViTConfig):
         switches |= {"pooling": encoder.backbone.config.pooling}
 

@@ -214,13 +214,19 @@ def _uniform(stream: Stream, views: Views, n: int) -> Float[Tensor, "v n"]:
 
 @torch.no_grad()
 def multi_crop(
-    config: MultiCrop, batch: Batch, draws: Draws, *, blurred: tuple[float, float, float], plain: int | None = None
+    config: MultiCrop,
+    batch: Batch,
+    draws: Draws,
+    *,
+    blurred: tuple[float, float, float],
+    plain: int | None = None,
+    stretch: bool = False,
 ) -> Batch:
-    """Large crops `globals` [2B C S S], small `locals`, and random words a crop: `drop` for its stochastic depth, and
-    `stretch` for RoPE, the same for all large crops of a step and for all small ones.
+    """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
 
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
-    large crops in this size and in their own colours, as `plain` [2B C P P]. Every first axis is view-major.
+    large crops in this size and in their own colours, as `plain` [2B C P P]. `stretch`: also words for RoPE, the same
+    for all large crops of a step and for all small ones. Every first axis is view-major.
     """
     size, few = batch["size"], config.local_crops
     large = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=2)
@@ -239,9 +245,10 @@ def multi_crop(
     if few:
         small = blur(small, draws.sample("blur"), probability=blurred[2] * config.blur)
         made["locals"] = render(batch["pixels"], small, config.local_size)
-    words = draws.step("stretch").shared(2).mul(2**24).long()  # one for all large crops, one for all small
     by_chance = {"drop": draws.step("drop").bits(2 + few).T.flatten()}
-    by_chance["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size))
+    if stretch:
+        words = draws.step("stretch").shared(2).mul(2**24).long()
+        by_chance["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size))
     return made | {name: rows.to(batch["pixels"].device) for name, rows in by_chance.items()}
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from saccade import __version__
 from saccade.encoder import Encoder
+from saccade.provenance import terms_of
 
 _LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-NC-4.0": "cc-by-nc-4.0", "unknown": "unknown"}
 """As the hub spells them; any other is `other`, with its name."""
@@ -193,24 +194,3 @@ def of_run(place: Path) -> dict[str, Any]:
                 return {}
             return found if isinstance(found, dict) else {}
     return {}
-
-
-def terms_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Licence, its address, its terms and a text: of published weights, or of those that a run started from.
-
-    However far back: a run that started from a run that started from DINOv3 is under DINOv3's licence.
-    """
-    chain = [record]
-    while isinstance(chain[-1].get("initial"), Mapping):
-        chain.append(chain[-1]["initial"])
-    bound = next((link for link in reversed(chain) if link.get("licence")), None)
-    if bound is None:
-        text = "Trained from random weights: the licence is for who trained it to choose, within the terms of the data."
-        return {"licence": None, "licence_url": None, "terms": None, "text": text}
-    whose = "These weights" if bound is record else f"It started from {bound.get('family')} weights, which"
-    terms, url = bound.get("terms"), bound.get("licence_url")
-    text = f"{whose} are under the licence {bound['licence']}" + (f": {terms}." if terms else ".")
-    text += f" <{url}>" if url else ""
-    if bound is not record:
-        text += " What was trained from them is bound by it too, and by the terms of the data."
-    return {"licence": bound["licence"], "licence_url": url, "terms": terms, "text": text}

@@ -117,7 +117,7 @@ VERBS = {
     "tour": Verb(TourArguments, (), _tour),
     "pretrain": Verb(PretrainArguments, ("data",), _pretrain),
     "adapt": Verb(AdaptArguments, ("data",), _adapt),
-    "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate),
+    "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
@@ -279,7 +279,8 @@ def _place(name: str, unknown: list[str], flags: list[str], torn: list[str] | No
     for word in unknown:
         if word.startswith("-"):
             wrong = word.partition("=")[0].replace("_", "-")
-            raise SaccadeError(f"{name} has no setting {wrong}", path=wrong, hint=nearest(wrong, flags))
+            hint = nearest(wrong, flags) if flags else f"see saccade {name} --help"
+            raise SaccadeError(f"{name} has no setting {wrong}", path=wrong, hint=hint)
         if torn is None:
             raise SaccadeError(f"{name} has no place for {word!r}", path=word, hint=f"see saccade {name} --help")
         torn.append(word)
@@ -380,6 +381,49 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{key}  {_short(part)}"
 
 
+def _scores(result: Mapping[str, Any]) -> str:
+    """Scores as a table, the backbone above what it must beat; below it whether it does, and how this was measured."""
+    rivals = result.get("baselines", {})
+    rows = {"this backbone": result}
+    rows |= {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
+    counts = list(result.get("few_label", {}))
+    columns = [*(task for task in ("knn", "linear") if task in result), *counts]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("percent right", no_wrap=True)
+    for task in columns:
+        title = {"knn": "k-NN", "linear": "linear"}.get(task, f"{task} label{'s' * (task != '1')} a class")
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, scores in rows.items():
+        few = scores.get("few_label", {})
+        table.add_row(name, *(_score(few.get(task, scores.get(task))) for task in columns))
+    differences = result.get("differences", {})
+    verdicts = {**differences, **differences.get("few_label", {})}
+    if verdicts:
+        told = [verdicts.get(task, {}).get("verdict", "") for task in columns]
+        table.add_row("than the best of these", *told)
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(table, highlight=False)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    rest = {name: value for name, value in result.items() if name not in _SHOWN_ABOVE}
+    rest["features"] = f"{result['pooled']['chosen']}, chosen by {result['pooled']['by']}"
+    blind = [
+        f"{name.replace('_', ' ')} {_short(rivals[name])}" for name in ("majority", "group_majority") if name in rivals
+    ]
+    rest |= {"without looking": ", ".join(blind)} if blind else {}
+    return "\n".join([*lines, "", *_lines(rest)])
+
+
+_RIVALS = {"the same untrained": "untrained", "raw pixels": "pixels", "the border's pixels": "border"}
+_SHOWN_ABOVE = ("knn", "linear", "few_label", "baselines", "differences", "pooled")
+
+
+def _score(found: Any) -> str:
+    if isinstance(found, Mapping):
+        return "-" if found["mean"] is None else f"{found['mean']:.1f} ± {found['std']:.1f}"
+    return "" if found is None else f"{found:.1f}"
+
+
 def _catalogue(models: Sequence[Mapping[str, Any]]) -> str:
     """Published models as a table, and below it the terms of each licence that is not a free one."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -391,6 +435,7 @@ def _catalogue(models: Sequence[Mapping[str, Any]]) -> str:
             for keys in ([("knn", "")], [("linear", ""), ("linear_real", "*")])
         ]
         here = "yes" if row["name"] in row["cached_names"] else ", ".join(row["cached_names"])
+        here = here or ("" if row["hub"] else "not on the hub")
         size, name = f"{row['parameters'] / 1e6:,.0f} M", f"{row['family']} {row['size']}"
         table.add_row(row["name"], name, size, row["data"], row["licence"], *scores, here)
     console = Console(width=1000)  # a terminal may wrap it, and a pipe keeps it whole
@@ -398,6 +443,8 @@ def _catalogue(models: Sequence[Mapping[str, Any]]) -> str:
         console.print(table, highlight=False)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     terms = {f"{row['licence']}: {row['terms']}": None for row in models if row["terms"]}
+    if not all(row["hub"] for row in models):
+        terms = {"not on the hub: download the file from its authors, and give its path": None} | terms
     figures = any(row["figures"] for row in models)
     said = (
         ["", "k-NN and linear: top-1 on ImageNet-1k as published (* ImageNet-ReaL); --json names the source"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +38,7 @@ TOKENS = ("cls", "mean", "patches")
 Tokens = Literal["all", "cls", "patches"]
 _SHARED_FROM = 64  # pixels a side; below it a network is so quick that handing pictures over costs more
 _SAVE_SECONDS = 2.0
+_SAY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,19 @@ def read_pictures(
         generator=torch.Generator(),  # without one, the loader would draw from the global generator
     )
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console, said = Console(stderr=True), time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(words, total=len(rows))
+        done = 0
         for found in loader:
             if isinstance(found, SaccadeError):
                 raise found
             yield found
-            progress.advance(task, len(found.rows) + len(found.failures))
+            done += len(found.rows) + len(found.failures)
+            progress.update(task, completed=done)
+            if not console.is_terminal and time.monotonic() - said > _SAY_SECONDS:  # a log: a line now and then
+                said = time.monotonic()
+                print(f"{words} {done}/{len(rows)}", file=sys.stderr, flush=True)
 
 
 def _as_it_is(found: Any) -> Any:
@@ -215,6 +224,7 @@ def embed(
     class token, if not given. The command goes on where it was stopped, and refuses to
     with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
+    there(data)
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     if tokens is None:
         tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
@@ -230,6 +240,13 @@ def embed(
     _write(place, state, encoder, source, workers)
     index.images_per_second = round((state["samples"] - first) / max(time.perf_counter() - started, 1e-9), 1)
     return index
+
+
+def there(data: str | Path | Source | Sequence[str | Path | Source]) -> None:
+    """Raises `SaccadeError` for data that do not exist, before a backbone is fetched for them."""
+    for item in [data] if isinstance(data, str | Path | Source) else data:
+        if not isinstance(item, Source) and not glob.has_magic(str(item)) and not Path(item).expanduser().exists():
+            open_source(item)
 
 
 def _check_tokens(encoder: Encoder, tokens: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.decode import decode, pixels_of
+from saccade.errors import SaccadeError
 from saccade.published import Prepared
 from saccade.sources.files import read
 from saccade.vit import Features, ViT
@@ -153,10 +154,15 @@ class Encoder(nn.Module):
         """Where it lives."""
         return next(itertools.chain(self.parameters(), self.buffers())).device
 
-    def forward(
-        self, images: Shaped[Tensor, "b c h w"], *, tokens: Literal["all", "cls", "patches"] = "all"
-    ) -> Features:
-        """Features; a ViT's last block computes no other `tokens` than those asked for."""
+    def forward(self, images: Shaped[Tensor, "b ..."], *, tokens: Literal["all", "cls", "patches"] = "all") -> Features:
+        """Features; a ViT's last block computes no other `tokens` than those asked for.
+
+        Raises `SaccadeError` for one picture without a batch axis.
+        """
+        if images.ndim == 3:
+            raise SaccadeError(
+                "an encoder reads batches [B C H W]", path="images", hint="one picture: encoder(picture[None])"
+            )
         return self.backbone(images, tokens=tokens) if isinstance(self.backbone, ViT) else self.backbone(images)
 
     def natural(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c h w"]:

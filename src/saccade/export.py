@@ -1,7 +1,7 @@
 """`saccade export`: an encoder as a folder that transformers, timm or onnxruntime reads, or as plain safetensors.
 
-Everything is written beside the final name, loaded again by the library it is for, and compared; only what says the
-same features gets the name.
+Everything is written beside the final name, loaded again by the library it is for where that is installed, and
+compared; only what says the same features gets the name.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from torch import Tensor
 
 from saccade import __version__, card, naming, published, weights
 from saccade.backbone import FAMILIES, family_of
+from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.naming import Target
+from saccade.provenance import terms_of, travelling
 from saccade.settings import ExportArguments, checked
 from saccade.tensors import hash_of
+from saccade.vit import ViTConfig
 
 FARTHEST = 1e-4
 """The largest difference of a feature that an export may have."""
 _PROCESSOR = "preprocessor_config.json"
-_LEFT_OUT = ("path", "naming", "matched", "missing", "unexpected", "reshaped", "ignored", "hash")
-"""What a record says of the file that was read, not of the weights."""
 
 
 class Written(NamedTuple):
@@ -80,13 +81,15 @@ def export(
             notes.append(
                 f"with its own periods the features differ by up to {found['unrounded']:.2g} at the native size"
             )
+        if "without" in found:
+            notes.append(f"{found['without']} was not there to read it: saccade alone has compared what is written")
         smaller = None
         if arguments.int8 is not None:
             smaller = importlib.import_module("saccade.onnx").quantise(folder, arguments.int8)
             notes.append(_int8_note(smaller))
         card.write(folder, encoder, arguments.to, place.name, hash_of(written.weights), notes)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    terms = card.terms_of(encoder.record)
+    terms = terms_of(encoder.record)
     return {
         "out": str(place),
         "to": arguments.to,
@@ -104,8 +107,12 @@ def export(
 @contextmanager
 def _beside(place: Path) -> Iterator[Path]:
     """A folder that gets its name when all is done, and is gone when it is not."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SaccadeError(f"{place} cannot be made: {reason}", path=place, hint="name another --out") from None
     try:
         yield folder
         mask = os.umask(0)
@@ -145,7 +152,7 @@ def _write_safetensors(encoder: Encoder, folder: Path) -> Written:
     """The names that a family is known by, its authors' where they are known; a run's are ours."""
     known = published.families().get(str(encoder.record["family"]))
     if known is None:
-        weights.save_backbone(folder, encoder.backbone, _provenance(encoder))
+        weights.save_backbone(folder, encoder.backbone, travelling(encoder.record))
         return Written(folder / weights.WEIGHTS, (), [], None)
     target = Target(known.name, known.name, next(iter(known.namings)), {})
     return _write(encoder, folder, target, {}, _state(encoder))
@@ -160,7 +167,8 @@ def _int8_note(found: Mapping[str, Any]) -> str:
     speed = found["images_per_second"]["ratio"]
     return (
         f"the int8 copy finds {100 * found['overlap']:.1f} % of the 10 nearest neighbours that float32 finds, the same"
-        f" nearest one in {100 * found['top1']:.1f} %, at {speed:.2f} times its speed on the machine that wrote it"
+        f" nearest one in {100 * found['top1']:.1f} %, at {speed:.2f} times its speed on the machine that wrote it;"
+        f" float32 in it beside the patch embedding: {found['kept']}"
     )
 
 
@@ -176,8 +184,8 @@ def _write(
 ) -> Written:
     """Weights under the target's names, and config.json with its facts and ours."""
     config, rules = encoder.backbone.config, naming.naming(target.page, target.naming)
-    nameless = set(rules.optional) & tensors.keys()
-    left_out = sorted((encoder.backbone.state_dict().keys() - tensors.keys() | nameless) - {"rope_embed.periods"})
+    unsaid = encoder.backbone.state_dict().keys() - tensors.keys() | published.without_name(rules, tensors)
+    left_out = sorted(unsaid - {"rope_embed.periods"})
     theirs = published.to_theirs(rules, tensors, rules.prefixes[0]) | naming.dense(target)
     path = folder / weights.WEIGHTS
     save_file({name: tensor.contiguous().clone() for name, tensor in theirs.items()}, path, metadata={"format": "pt"})
@@ -188,19 +196,11 @@ def _write(
         "naming": target.naming,
         "config": config.model_dump(mode="json"),
         "preprocess": {name: getattr(prepare, name) for name in prepare.__dataclass_fields__},
-        "record": _provenance(encoder),
+        "record": travelling(encoder.record),
         "version": __version__,
     }
     (folder / weights.CONFIG).write_text(_json({**facts, weights.EXPORTED: ours}), encoding="utf-8")
     return Written(path, target.notes, left_out, target)
-
-
-def _provenance(encoder: Encoder) -> dict[str, Any]:
-    """The record that goes along: without paths of this machine, and without what was true of one file only."""
-    kept = {name: value for name, value in encoder.record.items() if name not in _LEFT_OUT}
-    if isinstance(kept.get("initial"), Mapping):
-        kept["initial"] = {name: value for name, value in kept["initial"].items() if name != "path"}
-    return {**kept, "exported_from": encoder.record.get("hash")}
 
 
 def _json(content: Mapping[str, Any]) -> str:
@@ -241,7 +241,7 @@ def _pretrained(encoder: Encoder) -> dict[str, Any]:
         "mean": list(config.mean),
         "std": list(config.std),
         "num_classes": 0,
-        "license": card.terms_of(encoder.record)["licence"],
+        "license": terms_of(encoder.record)["licence"],
     }
 
 
@@ -253,13 +253,17 @@ def _check(encoder: Encoder, folder: Path, to: str, written: Written) -> dict[st
     library = {"hf": "transformers", "timm": "timm"}.get(to)
     target = written.target
     ours = _by_saccade(encoder, folder)
-    if library is None or target is None or importlib.util.find_spec(library) is None:
+    if library is None or target is None:
         return {"by": "saccade", "max_abs_difference": ours}
+    if importlib.util.find_spec(library) is None:
+        return {"by": "saccade", "max_abs_difference": ours, "without": library}
     pictures = _pictures(encoder)
     wanted = _features(encoder, pictures)
     normed = encoder.backbone.normalise(pictures)
-    read = _by_transformers if library == "transformers" else _by_timm
-    found, plain = read(encoder, folder, target, normed)
+    if library == "transformers":
+        found, plain = _by_transformers(encoder, folder, target, normed)
+    else:
+        found, plain = _by_timm(encoder, folder, normed)
     checked = {"by": _version(library), "max_abs_difference": max(ours, _farthest(wanted, found))}
     return checked if plain is None else {**checked, "unrounded": _farthest(wanted, plain)}
 
@@ -313,7 +317,8 @@ def _by_transformers(
 
 
 def _rounded(encoder: Encoder) -> bool:
-    return bool(getattr(encoder.backbone.config, "rope_rounded", False))
+    config = encoder.backbone.config
+    return isinstance(config, ViTConfig) and config.position == "rope" and config.rope_rounded
 
 
 def _said_by_transformers(encoder: Encoder, model: Any, target: Target, images: Tensor) -> dict[str, Tensor]:
@@ -333,9 +338,7 @@ def _said_by_transformers(encoder: Encoder, model: Any, target: Target, images: 
     return found
 
 
-def _by_timm(
-    encoder: Encoder, folder: Path, target: Target, images: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+def _by_timm(encoder: Encoder, folder: Path, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """What timm makes of it; where RoPE's periods are rounded, with rounded ones and with its own."""
     library: Any = importlib.import_module("timm")
     model = library.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -344,8 +347,10 @@ def _by_timm(
         with torch.inference_mode():
             tokens = model.forward_features(images)
             pooled = model.forward_head(tokens, pre_logits=True)
-        tokens = tokens.flatten(2).transpose(1, 2) if target.page in ("resnet", "convnext") else tokens
-        return {**_split(encoder, tokens), "pooled": pooled}
+            if not isinstance(encoder.backbone, Convnet):
+                return {**_split(encoder, tokens), "pooled": pooled}
+            cells = model.head.norm(tokens) if encoder.backbone.config.cls else tokens
+        return {"patches": cells.flatten(2).transpose(1, 2), "pooled": pooled}
 
     plain = said()
     if not _rounded(encoder):

@@ -229,26 +229,23 @@ def concentration(probabilities: Float[Tensor, "b k"]) -> dict[str, Float[Tensor
 
 
 def student_answers(
-    student: nn.ModuleDict,
-    config: SpreadDistillation,
-    batch: Batch,
-    *,
-    stretch: float = 1.0,
+    student: nn.ModuleDict, config: SpreadDistillation, batch: Batch, *, stretch: float = 1.0
 ) -> tuple[Features, Float[Tensor, "v b k"]]:
     """Features of the large crops, in which patches are hidden, and the class tokens' logits of all crops.
 
     `stretch`: RoPE's coordinates are scaled by up to this, and down, by chance in each block, the same for all large
-    crops of a step and for all small ones (DINOv3). A student's
-    `local_norm` stands for its last norm in small crops.
+    crops of a step and for all small ones (DINOv3). A student's `local_norm` stands for its last norm in small crops.
     """
     backbone, whole = student["backbone"], batch["globals"]
     norm = dict(student.items()).get("local_norm")
     sizes = [len(whole), len(batch["drop"]) - len(whole)]
     rates = [config.drop_path] * backbone.branches
     how = []
-    for rows, words in zip(batch["drop"].split(sizes), batch["stretch"].split(sizes), strict=True):
-        u = Stream(words[:1], 0).uniform(backbone.config.depth)
-        by = None if stretch == 1 else torch.exp((2 * u[0] - 1) * math.log(stretch))
+    for first, rows in zip((0, sizes[0]), batch["drop"].split(sizes), strict=True):
+        by = None
+        if stretch > 1 and len(rows):
+            u = Stream(batch["stretch"][first : first + 1], 0).uniform(backbone.config.depth)
+            by = torch.exp((2 * u[0] - 1) * math.log(stretch))
         how.append({"drop": vit.stochastic_depth(rows, rates), "stretch": by})
     seen = backbone(whole, hide=batch["hide"], **how[0])
     tokens = [seen.cls]

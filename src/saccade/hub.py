@@ -59,12 +59,12 @@ def _complete(folder: Path) -> list[str]:
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
     if (folder / SHARDS).is_file():
-        names = _shards(folder / SHARDS)
+        names = shards(folder / SHARDS)
         return names if all((folder / name).is_file() for name in names) else []
     return [PICKLE] if (folder / PICKLE).is_file() else []
 
 
-def _shards(index: Path) -> list[str]:
+def shards(index: Path) -> list[str]:
     """The files that an index of shards names; none where it is no such index."""
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -97,9 +97,14 @@ def repository(name: str) -> str | None:
     return f"timm/{name}" if dot and architecture in timms else None
 
 
+def elsewhere() -> set[str]:
+    """What `saccade models` calls the sizes that no hub has: they lie on their authors' own servers."""
+    return {str(row["name"]) for row in published.listing() if not row["hub"]}
+
+
 def similar(name: str) -> str:
     """The hint for a name that nobody published: the nearest that somebody did."""
-    if name in _known():
+    if name in _known() or name in elsewhere():
         return "its authors publish it on their own server alone: download the file there and name it"
     hint = nearest(name, [one for one in _known() if ("/" in one) == ("/" in name)])
     return hint if hint.startswith("did you mean") else "`saccade models` lists the published names"
@@ -189,7 +194,7 @@ class _Source:
         names = [first]
         if first == SHARDS:
             index = self._get(SHARDS, commit)
-            names = _shards(index) if index else []
+            names = shards(index) if index else []
             if not names:
                 raise SaccadeError(f"{SHARDS} of {self.name} names no files of tensors", path=self.name)
         hashes = {name: self._checked(name, self._get(name, commit)) for name in names}
@@ -217,6 +222,7 @@ class _Source:
 
     def _lacking(self, what: str) -> SaccadeError:
         hint = "load it once with a network, and without HF_HUB_OFFLINE"
+        hint = hint if self.name in _known() else f"{similar(self.name)}; or {hint}"
         return SaccadeError(f"{what} is not in the cache {cache()}; {self.offline}", path=self.name, hint=hint)
 
     def _in_cache(self, name: str, revision: str) -> str | object | None:
@@ -327,10 +333,12 @@ class _Source:
                 hint="nothing of it is kept; the same command fetches it again",
                 code=1,
             )
+        hint = "it is not in the cache either: look at the network and at HF_ENDPOINT"
+        meant = "" if self.name in _known() else similar(self.name)
         return SaccadeError(
             f"the hub {self.endpoint} cannot be reached ({reason})",
             path=self.name,
-            hint="it is not in the cache either: look at the network and at HF_ENDPOINT",
+            hint=f"{hint}; {meant}" if meant.startswith("did you mean") else hint,
             code=UNREACHABLE,
         )
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from saccade import backbone as backbones
-from saccade import distributed, weights
+from saccade import distributed, initial, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
 from saccade.optim import AdamW, Group, default_groups
+from saccade.provenance import origins
 from saccade.recipe import Coupled, Method, Recipe, Training
-from saccade.settings import PretrainArguments
+from saccade.settings import PretrainArguments, flag
 
 
 def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dict[str, Any]]:
@@ -27,14 +28,19 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         start = weights.load(init, channels=config.channels) if init else None
-        kept = (weights.switches(start) if start else {}) | dict(page.switches)
+        kept = (initial.switches(start) if start else {}) | dict(page.switches)
         switches = config.backbone() | kept
         backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
+        for name, side in config.sides().items():
+            try:
+                _ = backbone.config.model_copy(update={"image_size": side}).grid
+            except SaccadeError as error:
+                raise SaccadeError(error.error, path=flag(name), hint=error.hint) from None
         record: dict[str, Any] = {"weights": "random", "seed": config.seed}
         if start:
-            record = {**weights.load_state(backbone, start), "derived_from": weights.origins(start.record)}
+            record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}
         method = page.method(config, backbone, {})
-        record |= weights.load_decoder(method, backbone, start) if start else {}
+        record |= initial.load_decoder(method, backbone, start) if start else {}
         return method, record | {"switches": kept}
 
 
@@ -55,7 +61,7 @@ class Model:
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.method, self.initial = build(page, config, arguments.init)
-        self.page = replace(page, switches=self.initial.pop("switches"))
+        self.page = replace(page, switches=self.initial.pop("switches", {}))
         self.method.to(ranks.device)
         if arguments.compile:
             self.method.compile()

@@ -18,50 +18,11 @@ from torch import Tensor
 from saccade import published
 from saccade.convnet import ConvConfig, ConvNeXtConfig, ResNetConfig
 from saccade.errors import SaccadeError
-from saccade.published import Naming, Rule, dinov3, pairs
+from saccade.published import Naming, dinov3, timm_convnext
 from saccade.vit import ViTConfig, sincos
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "gelu_quick": "quick_gelu"}
 _TIMM_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "gelu_quick": "quick_gelu"}
-_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_STAGES = range(8)
-
-
-def _normed(ours: str, theirs: str) -> list[Rule]:
-    return [(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in _BATCH_NORM]
-
-
-def _resnet_transformers() -> tuple[Rule, ...]:
-    rules: list[Rule] = [("conv1.weight", "embedder.embedder.convolution.weight")]
-    rules += _normed("bn1", "embedder.embedder.normalization")
-    for stage in _STAGES:
-        ours, theirs = f"layer{stage + 1}.{{n}}", f"encoder.stages.{stage}.layers.{{n}}"
-        for number in range(3):
-            inner = f"{theirs}.layer.{number}"
-            rules += [(f"{ours}.conv{number + 1}.weight", f"{inner}.convolution.weight")]
-            rules += _normed(f"{ours}.bn{number + 1}", f"{inner}.normalization")
-        rules += [(f"{ours}.downsample.0.weight", f"{theirs}.shortcut.convolution.weight")]
-        rules += _normed(f"{ours}.downsample.1", f"{theirs}.shortcut.normalization")
-    return tuple(rules)
-
-
-def _resnet_timm() -> tuple[Rule, ...]:
-    names = ["conv1.weight", *(f"bn1.{kind}" for kind in _BATCH_NORM)]
-    for stage in _STAGES:
-        block = f"layer{stage + 1}.{{n}}"
-        names += [f"{block}.conv{number}.weight" for number in (1, 2, 3)]
-        names += [f"{block}.bn{number}.{kind}" for number in (1, 2, 3) for kind in _BATCH_NORM]
-        names += [f"{block}.downsample.0.weight", *(f"{block}.downsample.1.{kind}" for kind in _BATCH_NORM)]
-    return tuple((name, name) for name in names)
-
-
-def _convnext(block: str, names: tuple[str, str, str, str], downsample: dict[str, str], norm: str) -> tuple[Rule, ...]:
-    ours = ("dwconv", "norm", "pwconv1", "pwconv2")
-    return (
-        *pairs(downsample | {"norm": norm}),
-        *pairs(dict(zip(ours, names, strict=True)), before=("stages.{i}.{j}.", f"stages.{{i}}.{block}.{{j}}.")),
-        ("stages.{i}.{j}.gamma", f"stages.{{i}}.{block}.{{j}}.gamma"),
-    )
 
 
 def _rope(gated: bool) -> Naming:
@@ -72,34 +33,16 @@ def _rope(gated: bool) -> Naming:
     return replace(known, rules=tuple((bias, theirs) if rule[0] == bias else rule for rule in known.rules))
 
 
+def _normed_cells() -> Naming:
+    """timm's ConvNeXt that norms every cell before the mean; a published one norms the mean (`head.norm`)."""
+    known = timm_convnext.FAMILY.namings["timm"]
+    moved = {f"head.norm.{kind}": f"norm_pre.{kind}" for kind in ("weight", "bias")}
+    return replace(known, rules=tuple((rule[0], moved.get(str(rule[1]), rule[1]), *rule[2:]) for rule in known.rules))
+
+
 _NAMINGS: dict[str, dict[str, Naming]] = {
     "rope": {"transformers": _rope(gated=False), "transformers gated": _rope(gated=True)},
-    "resnet": {
-        "transformers": Naming(_resnet_transformers(), prefixes=("", "resnet."), ignored=(r"classifier\.",)),
-        "timm": Naming(_resnet_timm(), prefixes=("",), ignored=(r"fc\.",)),
-    },
-    "convnext": {
-        "transformers": Naming(
-            _convnext(
-                "layers",
-                ("depthwise_conv", "layer_norm", "pointwise_conv1", "pointwise_conv2"),
-                {"downsample_layers.{i}.{j}": "stages.{i}.downsample_layers.{j}"},
-                "layer_norm",
-            ),
-            prefixes=("", "model."),
-        ),
-        "timm": Naming(
-            _convnext(
-                "blocks",
-                ("conv_dw", "norm", "mlp.fc1", "mlp.fc2"),
-                {"downsample_layers.0.{j}": "stem.{j}"}
-                | {f"downsample_layers.{i}.{{j}}": f"stages.{i}.downsample.{{j}}" for i in _STAGES[1:]},
-                "norm_pre",
-            ),
-            prefixes=("",),
-            ignored=(r"head\.",),
-        ),
-    },
+    "convnext": {"timm": _normed_cells()},
 }
 """Networks that no page under `published/` names."""
 
@@ -151,10 +94,16 @@ def transformers(config: Any, family: str = "saccade") -> Target:
     `family`: where the weights come from, which decides only whether a plain ViT is said to be an MAE.
     """
     if isinstance(config, ViTConfig):
-        return _vit_transformers(config, family)
+        target = _vit_transformers(config, family)
+        if config.pooling == "mean":
+            first = int(config.cls) + config.registers
+            mean = f"the embedding is the mean of the patches: `last_hidden_state[:, {first}:].mean(1)`"
+            target = replace(target, notes=(*target.notes, mean))
+        return _placed(target, config, antialias=target.architecture == "dinov2_with_registers")
     common = {"num_channels": config.channels, "depths": list(config.blocks)}
     _first("transformers", {"plain convolutions with max-pooling": isinstance(config, ConvConfig)})
     _first("transformers", {f"its stem has a stride of {config.stem}, not 4": config.stem != 4})
+    _first("transformers", {f"{len(config.blocks)} stages, not 4": len(config.blocks) != 4})
     if isinstance(config, ResNetConfig):
         factor = 1 if config.kind == "basic" else 4
         facts = {
@@ -176,7 +125,7 @@ def transformers(config: Any, family: str = "saccade") -> Target:
     }
     note = "the embedding is `last_hidden_state[:, 1:].mean(1)`: `pooler_output` is normed after pooling, not before"
     notes = () if config.cls else (note,)
-    return Target("dinov3_convnext", "convnext", "transformers", facts, notes=notes)
+    return Target("dinov3_convnext", "dinov3-convnext", "transformers", facts, notes=notes)
 
 
 def _vit_transformers(config: ViTConfig, family: str) -> Target:
@@ -212,6 +161,16 @@ def _vit_transformers(config: ViTConfig, family: str) -> Target:
     note = "`pooler_output` is the class token itself: the pooler that ViTModel insists on is written as the identity"
     facts |= {"pooler_act": "linear", "architectures": ["ViTModel"]}
     return Target("vit", "timm-vit", "transformers", facts, folds, dense=config.width, notes=(note,))
+
+
+def _placed(target: Target, config: ViTConfig, *, antialias: bool) -> Target:
+    """With a note where a library places patches of another size than the native one otherwise: bicubic, on sides."""
+    alike = config.position_antialias == antialias and not config.position_linear and not config.position_offset
+    if config.position in ("rope", "none") or (config.position == "learned" and alike):
+        return target
+    theirs = f"bicubic{', antialiased' if antialias else ''}"
+    note = f"at other sizes than {config.image_size} it resizes positions its own way ({theirs}): features differ a bit"
+    return replace(target, notes=(*target.notes, note))
 
 
 def _folds(config: ViTConfig, *, row: bool, biases: bool = False) -> frozenset[str]:
@@ -327,8 +286,13 @@ def timm(config: Any, family: str = "saccade", size: str | None = None) -> Targe
     `family` and `size`: a published network is called as timm calls it. Raises `SaccadeError`.
     """
     if isinstance(config, ViTConfig):
-        target = _eva(config) if config.position == "rope" else _vit_timm(config)
-        return _called_by_timm(target, config, family, size)
+        target = _placed(_eva(config) if config.position == "rope" else _vit_timm(config), config, antialias=True)
+    else:
+        target = _convnet_timm(config)
+    return _called_by_timm(target, config, family, size)
+
+
+def _convnet_timm(config: Any) -> Target:
     _first("timm", {"plain convolutions with max-pooling": isinstance(config, ConvConfig)})
     _first("timm", {f"its stem has a stride of {config.stem}, not 4": config.stem != 4})
     _first("timm", {f"{len(config.blocks)} stages, not 4": len(config.blocks) != 4})
@@ -336,15 +300,16 @@ def timm(config: Any, family: str = "saccade", size: str | None = None) -> Targe
         _first("timm", {f"its stem has a width of {config.widths[0]}, not 64": config.widths[0] != 64})
         arguments = {"layers": list(config.blocks), "channels": list(config.widths), "in_chans": config.channels}
         name = "resnet18" if config.kind == "basic" else "resnet50"
-        return Target(name, "resnet", "timm", {"global_pool": "avg", "model_args": arguments})
-    _first("timm", {"cells normed as well as their mean": config.cls})
+        return Target(name, "resnet", "torchvision", {"global_pool": "avg", "model_args": arguments})
     arguments = {
         "depths": list(config.blocks),
         "dims": list(config.widths),
         "in_chans": config.channels,
-        "head_norm_first": True,  # every cell is normed, then the mean is taken
+        "head_norm_first": not config.cls,  # every cell is normed and then the mean taken, or the mean is normed
     }
-    return Target("convnext_tiny", "convnext", "timm", {"global_pool": "avg", "model_args": arguments})
+    note = "cells need the norm of the mean: `model.head.norm(model.forward_features(images))`"
+    page, notes = ("timm-convnext", (note,)) if config.cls else ("convnext", ())
+    return Target("convnext_tiny", page, "timm", {"global_pool": "avg", "model_args": arguments}, notes=notes)
 
 
 def _ratio(config: ViTConfig, factor: int = 1) -> float:
@@ -422,6 +387,7 @@ def _eva(config: ViTConfig) -> Target:
     _first(
         "timm",
         {
+            "it reads clips": config.patch_time is not None,
             f"rotated positions and an eps of {config.eps}": config.eps not in norms,
             "rotated positions and a bias of the keys": config.qkv_bias == "all",
             "rotated positions and a norm before the blocks": config.pre_norm,
@@ -451,7 +417,7 @@ def _eva(config: ViTConfig) -> Target:
     return Target(norms[config.eps], "dinov3", "timm gated" if gated else "timm", facts, folds, notes=notes)
 
 
-def _called_by_timm(target: Target, config: ViTConfig, family: str, size: str | None) -> Target:
+def _called_by_timm(target: Target, config: Any, family: str, size: str | None) -> Target:
     """The name that timm has for a published size, if the network still is that one."""
     known = _family(family)
     if known is None or size is None or size not in known.sizes:

@@ -210,7 +210,8 @@ def _how_mixed(before: Config, after: Config, bands: tuple[int, ...] | None) -> 
 def _how_placed(config: ViTConfig) -> str:
     if config.position == "learned":
         offset = f", by the factor (n + {config.position_offset}) / N" if config.position_offset else ""
-        return f"positions bicubic{', antialiased' if config.position_antialias else ''}{offset}"
+        way = "linear" if config.position_linear else "bicubic"
+        return f"positions {way}{', antialiased' if config.position_antialias else ''}{offset}"
     return {"rope": "rotations by relative place in the picture", "none": "no positions"}.get(
         config.position, "positions by their formula"
     )

@@ -84,6 +84,7 @@ class Index:
             "count": len(self),
             "dim": self.state["dim"],
             "tokens": self.state["tokens"],
+            "image_size": self.state["image_size"],
             "images_per_second": self.images_per_second,
             "quarantined": self.state["quarantined"],
         }

@@ -57,6 +57,10 @@ class Training(Settings):
         low = self.min_lr / self.peak()
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (t - self.warmup) / max(1 - self.warmup, 1e-12)))
 
+    def sides(self) -> dict[str, int]:
+        """The sides of what the backbone sees in training, by the setting that says them."""
+        return {"image_size": self.image_size}
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None
@@ -78,6 +82,10 @@ class MultiCrop(Training):
     grey: float = Field(0.2, ge=0, le=1, description="how often a view loses its colour")
     blur: float = Field(1.0, ge=0, le=1, description="how often views are blurred, as a part of the method's rates")
     solarise: float = Field(0.2, ge=0, le=1, description="how often the second large crop is solarised")
+
+    def sides(self) -> dict[str, int]:
+        """The sides of large and of small crops."""
+        return {"image_size": self.image_size} | ({"local_size": self.local_size} if self.local_crops else {})
 
     def canvas(self) -> int:
         """The smallest crop of a square picture still has a pixel for each of its own."""
@@ -141,6 +149,9 @@ LENGTHS = ("steps", "epochs", "minutes")
 """The settings that say how long a run is; exactly one counts."""
 
 
+BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published name (name@revision pins it)"
+
+
 class RunArguments(Settings):
     """What every run can be told, whichever recipe it follows."""
 
@@ -178,13 +189,13 @@ class PretrainArguments(RunArguments):
     """Learn a representation from unlabelled pictures."""
 
     recipe: str = Field(description="the method, and its variant if wanted: NAME or NAME:VARIANT")
-    init: str | None = Field(None, description="backbone to start from: a run, a checkpoint or a published name")
+    init: str | None = Field(None, description=f"backbone to start from: {BACKBONE}")
 
 
 class AdaptArguments(RunArguments):
     """Go on from a backbone on your own pictures, and keep the result only where a test says that it is better."""
 
-    start: str = Field(description="backbone to go on from: a run, a checkpoint or a published name")
+    start: str = Field(description=f"backbone to go on from: {BACKBONE}")
     recipe: str | None = Field(
         None, description="the method; the one nearest to how the backbone was made if not given"
     )
@@ -202,17 +213,20 @@ class AdaptArguments(RunArguments):
     freeze_blocks: int = Field(0, ge=0, description="blocks, and all before them, that never move")
 
 
+_SIZE = "side in pixels; the family's own if not given"
+
+
 class EvaluateArguments(Settings):
     """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
 
-    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
+    backbone: Word = Field(description=BACKBONE)
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
     )
     tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="what to measure: any of these")
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
     patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
@@ -224,14 +238,14 @@ class EvaluateArguments(Settings):
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
-    backbone: Word = Field(description="run directory, checkpoint or published name (name@revision pins it)")
+    backbone: Word = Field(description=BACKBONE)
     data: WordList = Field(min_length=1, description="folders, list files or tar shards")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
         None,
         description="what is kept of a picture: cls, mean, patches; cls, or mean where there is none, if not given",
     )
-    image_size: int | None = Field(None, ge=1, description="side in pixels; the backbone's own if not given")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
     patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
     workers: int = Field(0, ge=0, description="processes that read and decode")
@@ -263,13 +277,14 @@ class ModelsArguments(Settings):
 class ExportArguments(Settings):
     """Write a backbone for transformers, timm or onnxruntime, and compare what they make of it."""
 
-    backbone: Word = Field(description="run directory or checkpoint")
+    backbone: Word = Field(description=BACKBONE)
     to: Literal["hf", "timm", "onnx", "safetensors"] = Field(
-        description="hf: transformers' AutoModel; safetensors: the authors' own names, or saccade's"
+        description="hf: transformers' AutoModel; timm: its create_model; onnx: onnxruntime, without Python too; "
+        "safetensors: the tensors alone, by the authors' own names, or saccade's"
     )
     out: str = Field(description="new folder")
     int8: str | None = Field(
-        None, description="onnx: an int8 copy too, if it finds the same neighbours among these pictures (100 or more)"
+        None, description="onnx: an int8 copy too, if it finds the same neighbours among these pictures (164 or more)"
     )
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -43,8 +42,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # settings that some keep beside their tensors; and what torch warns of, the restricted reader refuses by itself
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=start[:4] == b"PK\x03\x04")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError) as error:
-        raise _refused_pickle(path, f"{error}".strip()) from None
+    except Exception as error:  # what is damaged breaks the reader anywhere: struct.error, AttributeError, …
+        raise _refused_pickle(path, start, f"{error}".strip()) from None
     if not isinstance(content, Mapping):
         raise SaccadeError(f"{path} holds a {type(content).__name__}, not tensors by name", path=path)
     return _flat(content)
@@ -98,21 +97,28 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _refused_pickle(path: Path, reason: str) -> SaccadeError:
+def _refused_pickle(path: Path, start: bytes, reason: str) -> SaccadeError:
     """Why torch's restricted reader stopped, in one line: the name of what is neither tensor nor plain container."""
     words = reason.split()
     named = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("GLOBAL", "global")), None)
-    what = f"holds {named}, neither tensor nor plain container" if named else "the restricted reader cannot read"
+    what = "a pickle that the restricted reader cannot read" if _is_pickle(start) else "no readable file of tensors"
+    if named:
+        what = f"a pickle that holds {named}, neither tensor nor plain container"
     return SaccadeError(
-        f"{path} is a pickle that {what}: nothing of it was run or loaded",
+        f"{path} is {what}: nothing of it was run or loaded",
         path=path,
         hint="ask for safetensors, or for a file that holds the state dict alone",
     )
 
 
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file starts as a pickle does, or as the archive that torch puts one into."""
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
+
+
 def _safe(path: Path, start: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises `SaccadeError` for a pickle of that name and for a damaged file."""
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05"):
+    if _is_pickle(start):
         raise SaccadeError(
             f"{path} is named safetensors but is a pickle, which can run code when it is opened: it was not",
             path=path,

@@ -102,7 +102,7 @@ class _Reader(pickle.Unpickler):
         if f"{self.root}byteorder" in self.archive.namelist() and self.member("byteorder") != b"little":
             raise _Refused("big-endian numbers")
         for code, argument, _ in pickletools.genops(self.content):
-            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(self.content):
+            if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(self.content):
                 raise _Refused(f"memory for {argument} objects")
         return self.load()
 

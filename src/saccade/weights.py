@@ -7,7 +7,6 @@ Nothing here runs what a file says: a pickle is read for its tensors and plain c
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,23 +16,23 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade import hub, naming, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
+from saccade.checkpoint import config_of, find
 from saccade.encoder import Encoder, Preprocess
-from saccade.errors import SaccadeError, nearest, say
-from saccade.hub import CONFIG, SHARDS, WEIGHTS
-from saccade.hub import PICKLE as BIN
+from saccade.errors import SaccadeError, say
+from saccade.hub import CONFIG, WEIGHTS
+from saccade.provenance import described, origins
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
-from saccade.tensors import ARRAYS, PICKLES, hash_of, read_tensors
-from saccade.vit import Attention, ViT, sincos
+from saccade.tensors import hash_of, read_tensors
+from saccade.vit import ViT
 
 FORMAT = "saccade-backbone-1"
 EXPORTED = "saccade"
 """Where the config.json of an export says what the network is, beside what another library reads there."""
-ONNX = "model.onnx"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -70,10 +69,11 @@ def load(
     published name, on the CPU.
 
     A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
-    `preprocess` makes, the native size if None; `channels` and `patch` are others than the encoder was trained with
+    `preprocess` makes, the family's own if None; `channels` and `patch` are others than the encoder was trained with
     (`resize` says how that is done). `bands`: which of `channels` are red, green and blue, from 0; the others are not
     looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use that are not free are said
-    on stderr. Raises `SaccadeError` for what does not exist, is damaged, holds more than tensors, or is not whole.
+    on stderr; `encoder.record` says what it is (`provenance.KEYS`). Raises `SaccadeError` for what does not exist, is
+    damaged, holds more than tensors, or is not whole.
     """
     other = Other(channels, bands, patch, mean, std)
     fetched = hub.find(backbone, revision, token)
@@ -85,27 +85,18 @@ def load(
     for origin in origins(encoder.record):
         if origin.get("terms"):
             own = "" if encoder.record["family"] != "saccade" else f"{backbone} derives from "
-            about = [f"{origin['licence']}, {origin['terms']}", *filter(None, [origin.get("licence_url")])]
+            named = f"{origin['licence']}, " if origin["licence"] not in (None, "unknown") else ""
+            about = [f"{named}{origin['terms']}", *filter(None, [origin.get("licence_url")])]
             say(f"saccade: {own}{origin['family']} weights: {'; '.join(about)}")
     return encoder
 
 
-_ORIGIN = ("name", "revision", "family", "arch", "licence", "licence_url", "terms", "hash")
-
-
-def origins(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The published weights that an encoder's are or derive from, with licence, terms and hash: for a record."""
-    if record["family"] == "saccade":
-        return list(record.get("derived_from", []))
-    return [{"name": Path(record["path"]).name, **{key: record[key] for key in _ORIGIN if key in record}}]
-
-
 def _load(backbone: str | Path, name: str | None, image_size: int | None, other: Other) -> Encoder:
     """The encoder of what lies on this disk; `name` is what it is published as."""
-    folder, files = _find(backbone)
+    folder, files = find(backbone)
     if files[0].suffix == ".onnx":
         return _load_onnx(files[0], image_size, other)
-    config = _config(folder / CONFIG)
+    config = config_of(folder / CONFIG)
     if isinstance(config.get(EXPORTED), dict):
         return _load_exported(Path(backbone).expanduser(), files, config, image_size, other)
     if config.get("format") is None:
@@ -119,20 +110,10 @@ def _load(backbone: str | Path, name: str | None, image_size: int | None, other:
         )
     network = _empty(config, folder / CONFIG)
     tensors, digest = _read(files[0], config["weights"])
-    _into(network, tensors, files[0])
-    record = {
-        "family": "saccade",
-        **config.get("record", {}),
-        "size": network.config.image_size,
-        "mean": list(network.config.mean),
-        "std": list(network.config.std),
-        "hash": digest,
-        "matched": len(tensors),
-        "missing": [],
-        "unexpected": [],
-        "path": str(Path(backbone).absolute()),
-    }
-    return _finish(network, {"licence": None, **record}, image_size, other)
+    into(network, tensors, files[0])
+    said = {"hash": digest, "matched": len(tensors), "path": str(Path(backbone).absolute())}
+    record = described(network.config, **{"family": "saccade", **config.get("record", {}), **said})
+    return _finish(network, record, image_size, other)
 
 
 def _load_onnx(path: Path, image_size: int | None, other: Other) -> Encoder:
@@ -160,13 +141,13 @@ def _load_published(
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     found = published.recognise({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, called)
     family, names = found.family, found.names
-    _refuse_numbers({name: tensors[name] for name in tensors if name.startswith(names.prefix)}, place)
+    refuse_numbers({name: tensors[name] for name in tensors if name.startswith(names.prefix)}, place)
     ours = published.to_ours(family.namings[found.naming], tensors, names.prefix)
     network = _network(family.network, FAMILIES[family.network].config(**found.config))
     own = network.state_dict()
     tables = {name: own[name] for name, _ in network.named_buffers() if name in own}  # not in every naming: RoPE's
-    _into(network, tables | ours, place)
-    record = _record(found, network, len(ours)) | {"hash": hash_of(*files), "path": str(place.absolute())}
+    into(network, tables | ours, place)
+    record = _record(found, network, hash=hash_of(*files), matched=len(ours), path=str(place.absolute()))
     return _finish(network, record, image_size, other, family.preprocess)
 
 
@@ -182,13 +163,14 @@ def _finish(
         changed = _network(family_of(network), last)
         tensors, own = resize.fitted(network, changed, config=config, bands=other.bands), network.state_dict()
         reshaped = [name for name, tensor in tensors.items() if name not in own or tensor.shape != own[name].shape]
-        _into(changed, tensors, Path(record["path"]))
+        into(changed, tensors, Path(record["path"]))
         network, facts = changed, {"size": last.image_size, "mean": list(last.mean), "std": list(last.std)}
         record = record | facts | {"asked": asked, "reshaped": sorted({*record.get("reshaped", []), *reshaped})}
     record |= resize.said(before, config, other, image_size)
-    size, seen = config.image_size if image_size is None else image_size, config.channels
+    usual = prepared.side if prepared is not None and prepared.side is not None else config.image_size
+    size, seen = usual if image_size is None else image_size, config.channels
     preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
-    return Encoder(network, record, image_size, preprocess).eval()
+    return Encoder(network, record, size, preprocess).eval()
 
 
 def _load_exported(
@@ -212,24 +194,16 @@ def _load_exported(
         raise SaccadeError(
             f"{place} is not what its {CONFIG} describes: {published.counts(names)}", path=place, hint="copy it again"
         )
-    _refuse_numbers(tensors, place)
+    refuse_numbers(tensors, place)
     try:
         settings, ours = naming.unfold(settings, published.to_ours(rules, tensors, names.prefix))
     except (RuntimeError, ValueError, IndexError) as error:
         raise SaccadeError(f"{place} has tensors of other shapes: {error}", path=place, hint="copy it again") from None
     network = _network(kind, settings)
     own = network.state_dict()
-    _into(network, {name: own[name] for name in rules.optional if name in own} | ours, place)
-    record |= {
-        "naming": table,
-        "size": network.config.image_size,
-        "hash": hash_of(*files),
-        "matched": len(ours),
-        "missing": [],
-        "unexpected": [],
-        "ignored": names.ignored,
-        "path": str(place.absolute()),
-    }
+    into(network, {name: own[name] for name in rules.optional if name in own} | ours, place)
+    file = {"hash": hash_of(*files), "matched": len(ours), "ignored": names.ignored, "path": str(place.absolute())}
+    record = described(network.config, **{**record, "naming": table, **file})
     facts = Prepared(prepared.resize, prepared.crop, prepared.interpolation, prepared.square)
     return _finish(network, record, prepared.crop if image_size is None else image_size, other, facts)
 
@@ -248,32 +222,24 @@ def _agrees(config: dict[str, Any], settings: Any, path: Path) -> None:
             )
 
 
-def _record(found: Recognised, network: Backbone, matched: int) -> dict[str, Any]:
-    """What is said of a published encoder; `size` is its native side in pixels, `arch` the published size's name.
-
-    `prefix` stands before the names of what was taken: which of several networks in a file that is.
-    """
+def _record(found: Recognised, network: Backbone, **file: Any) -> dict[str, Any]:
+    """What is said of a published encoder. `prefix` stood before the names that were taken: which network of a file."""
     family = found.family
-    return {
-        "family": family.name,
-        "arch": found.size,
-        "naming": found.naming,
-        "prefix": found.names.prefix,
-        "size": network.config.image_size,
-        "pooling": network.config.pooling,
-        "mean": list(network.config.mean),
-        "std": list(network.config.std),
-        "licence": family.licence,
-        "licence_url": family.licence_url,
-        "terms": family.terms,
-        "data": (found.size and family.sizes[found.size].data) or family.data,
-        "matched": matched,
-        "missing": [],
-        "unexpected": [],
-        "reshaped": sorted(name for ours, _, way in found.names.found if way is not published.SAME for name in ours),
-        "ignored": found.names.ignored,
-        "preprocess": asdict(family.preprocess),
-    }
+    return described(
+        network.config,
+        family=family.name,
+        arch=found.size,
+        naming=found.naming,
+        prefix=found.names.prefix,
+        licence=family.licence,
+        licence_url=family.licence_url,
+        terms=family.terms,
+        data=(found.size and family.sizes[found.size].data) or family.data,
+        reshaped=sorted(name for ours, _, way in found.names.found if way is not published.SAME for name in ours),
+        ignored=found.names.ignored,
+        preprocess=asdict(family.preprocess),
+        **file,
+    )
 
 
 def _called(place: Path, config: dict[str, Any]) -> str:
@@ -283,7 +249,7 @@ def _called(place: Path, config: dict[str, Any]) -> str:
     return " ".join(str(word) for word in said if word)
 
 
-def _refuse_numbers(tensors: Mapping[str, Tensor], place: Path) -> None:
+def refuse_numbers(tensors: Mapping[str, Tensor], place: Path) -> None:
     """Raises `SaccadeError` for tensors that are quantised, NaN or infinite, before anything is made of them."""
     strange = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype not in _READABLE]
     if strange:
@@ -325,153 +291,6 @@ def _network(family: str, settings: Any) -> Backbone:
     return network
 
 
-_NUMBERS = (
-    "width", "depth", "hidden", "patch", "patch_time", "image_size", "frames", "channels",
-    "kind", "blocks", "widths", "stride",
-)  # fmt: skip
-_CHOSEN = (*_NUMBERS, "mask_token", "pooling", "init")
-"""Numbers and sizes, which --arch and other settings say, and what a recipe decides."""
-
-
-def switches(encoder: Encoder) -> dict[str, Any]:
-    """What a network must be built with, beside its architecture and size, to go on from an encoder.
-
-    With others it would be another function. A table of positions is not among it: a recipe may prefer the formula
-    where the table holds just its numbers.
-    """
-    config = encoder.backbone.config.model_dump(mode="python")
-    return {
-        name: value
-        for name, value in config.items()
-        if name not in _CHOSEN and not (name == "position" and value == "learned")
-    }
-
-
-def load_state(network: Backbone, encoder: Encoder) -> dict[str, Any]:
-    """Puts an encoder's weights into a network of its family and returns the encoder's record (hash, licence, …).
-
-    Channels, patches and positions that are others are made to fit, recorded and said on stderr. Raises `SaccadeError`
-    when names or shapes differ otherwise.
-    """
-    _into(network, resize.fitted(encoder.backbone, network), Path(encoder.record["path"]))
-    found = resize.said(encoder.backbone.config, network.config)
-    record = encoder.record | found
-    for name in ("channels", "patch"):
-        if name in record:
-            what = record[name]
-            say(f"saccade: {record['path']}: {name} from {what['from']} to {what['to']}: {what['how']}")
-    return record
-
-
-def load_decoder(method: nn.Module, backbone: nn.Module, encoder: Encoder) -> dict[str, Any]:
-    """Gives a method the decoder that stands beside a published encoder, if it has such a one; returns what to record.
-
-    Where the method has another one, that starts afresh, and stderr says why. Raises `SaccadeError` for NaN in it.
-    """
-    family = published.families().get(encoder.record["family"])
-    inside = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
-    own = {name: tensor for name, tensor in method.state_dict(keep_vars=True).items() if id(tensor) not in inside}
-    if family is None or family.decoder is None or not own:
-        return {}
-    fetched = hub.find(encoder.record["path"], None, None)
-    folder, files = _find(encoder.record["path"] if fetched is None else fetched.folder)
-    decoder, place = family.decoder, Path(encoder.record["path"])
-    tensors = published.decoder_of(decoder, {key: x for file in files for key, x in read_tensors(file).items()})
-    if not own.keys() & tensors.keys():
-        return {}
-    _refuse_numbers(tensors, place)
-    heads = _config(folder / CONFIG).get(decoder.heads_key, decoder.heads)
-    ours = {
-        part.heads for part in method.modules() if isinstance(part, Attention) and id(part.qkv.weight) not in inside
-    }
-    table = tensors.pop(decoder.positions, None)
-    reason = _differences(own, tensors) or (f"it has {heads} heads" if ours != {heads} else "")
-    if not reason and table is not None and not _fixed(table):
-        reason = "its positions are not the fixed ones"
-    if reason:
-        say(f"saccade: {place} has a decoder that is not this recipe's, which starts afresh: {reason}")
-        return {"decoder": {"matched": 0, "reason": reason}}
-    method.load_state_dict(tensors, strict=False)
-    say(f"saccade: goes on with the decoder of {place}; {decoder.note}")
-    return {"decoder": {"matched": len(tensors), "note": decoder.note}}
-
-
-def _fixed(table: Tensor) -> bool:
-    """Whether a table [1 1+N D] holds the numbers of the formula, and none for the class token."""
-    side = math.isqrt(table.shape[1] - 1)
-    formula = sincos((side, side), table.shape[2]).float()
-    return (
-        len(formula) == table.shape[1] - 1
-        and not table[:, 0].any()
-        and torch.allclose(table[0, 1:], formula, atol=1e-4)
-    )
-
-
-def _find(backbone: str | Path) -> tuple[Path, list[Path]]:
-    """The folder with config.json, and the files of tensors."""
-    place = Path(backbone).expanduser()
-    if not place.exists():
-        raise _no_such(str(backbone), place)
-    if place.is_file():
-        return place.parent, [place]
-    for folder in (place / "backbone", place):
-        for name in (WEIGHTS, ONNX):
-            if (folder / name).is_file():
-                return folder, [folder / name]
-    if (place / SHARDS).is_file():
-        return place, _shards(place / SHARDS)
-    if (place / CONFIG).is_file() and (place / BIN).is_file():
-        return place, [place / BIN]
-    if (place / "checkpoints").is_dir() or (place / "metrics.jsonl").is_file():
-        raise SaccadeError(
-            f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"
-        )
-    others = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", ".onnx", ARRAYS, *PICKLES))
-    if others:
-        raise SaccadeError(
-            f"{place} has no {WEIGHTS}, but {others[0].name}", path=place, hint=f"name the file: {others[0]}"
-        )
-    raise SaccadeError(
-        f"there is no backbone in {place}", path=place, hint=f"a run, or a folder with {WEIGHTS} and {CONFIG}"
-    )
-
-
-def _shards(path: Path) -> list[Path]:
-    """The files that an index names, all beside it. Raises `SaccadeError`."""
-    said = _json(path).get("weight_map")
-    names = sorted({str(name) for name in said.values()}) if isinstance(said, dict) else []
-    for name in names:
-        if Path(name).name != name or not (path.parent / name).is_file():
-            raise SaccadeError(f"{path} names {name}, which is not there", path=path, hint="copy the whole folder")
-    if not names:
-        raise SaccadeError(f"{path} names no files", path=path)
-    return [path.parent / name for name in names]
-
-
-def _no_such(name: str, place: Path) -> SaccadeError:
-    if os.sep not in name and place.suffix not in (".safetensors", *PICKLES):
-        error = f"there is no backbone {name!r} here, and no published one of that name"
-        return SaccadeError(error, path=name, hint=hub.similar(name))
-    siblings = [path.name for path in place.parent.iterdir()] if place.parent.is_dir() else []
-    hint = nearest(place.name, siblings[:1000]) if 0 < len(siblings) <= 1000 else f"look at {place.parent}"
-    return SaccadeError(f"there is no backbone {place}", path=place, hint=hint if len(hint) < 300 else None)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """What config.json says; nothing where there is none. Raises `SaccadeError`."""
-    return _json(path) if path.is_file() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SaccadeError(f"{path} cannot be read: {error}", path=path, hint="copy it again") from None
-    if not isinstance(found, dict):
-        raise SaccadeError(f"{path} is no JSON object", path=path, hint="copy it again")
-    return found
-
-
 def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
     """The tensors and the hash of a file. Raises `SaccadeError` for a damaged file."""
     digest, hint = hash_of(path), "copy it again, or take an older checkpoint of the run"
@@ -488,18 +307,23 @@ def _read(path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], str]
     return read_tensors(path), digest
 
 
-def _into(network: Backbone, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies tensors into a backbone. Raises `SaccadeError` when names or shapes differ."""
-    if differences := _differences(network.state_dict(), tensors):
+def into(
+    network: Backbone,
+    tensors: dict[str, Tensor],
+    path: Path,
+    hint: str = "give the --arch and --image-size that it was trained with",
+) -> None:
+    """Copies tensors into a backbone. Raises `SaccadeError` with this hint when names or shapes differ."""
+    if unlike := differences(network.state_dict(), tensors):
         raise SaccadeError(
-            f"{path} is a checkpoint of another architecture: {differences}",
+            f"{path} is a checkpoint of another architecture: {unlike}",
             path=path,
-            hint="give the --arch and --image-size that it was trained with",
+            hint=hint,
         )
     network.load_state_dict(tensors)
 
 
-def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+def differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
     """Names and shapes that are not alike, counted; nothing where all are."""
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     reshaped = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.data import Source
-from saccade.embed import device, encoder_of
+from saccade.embed import device, encoder_of, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
 from saccade.evaluate import few_label, knn, linear
@@ -58,6 +58,7 @@ def evaluate(
     _check_tasks(tasks, labels)
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
+    there(labelled)
     started = time.perf_counter()
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)

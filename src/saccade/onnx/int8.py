@@ -25,6 +25,7 @@ from saccade.draws import Permutation
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable
 from saccade.onnx.files import MODEL, needed, opened
+from saccade.onnx.matrices import look, matrices, quantise_matrices, schemes
 from saccade.onnx.reading import load
 from saccade.sources import open_source
 from saccade.vit import ViTConfig
@@ -41,44 +42,58 @@ def quantise(
     """Writes model_int8.onnx beside model.onnx, if it finds the neighbours among `pictures` that float32 finds.
 
     Returns `overlap` (share of the 10 nearest neighbours by cosine that are the same), `top1` (of the nearest),
-    `images_per_second` {fp32, int8, ratio} measured in turns, `bytes`, and how many pictures were for what: those that
-    calibrate never judge. A ViT's matrices are quantised by the values that it meets, which needs no calibration; a
-    convnet's convolutions by those of 64 pictures. Raises `SaccadeError`, and writes nothing, where `overlap` is
-    below `least`, where pictures are fewer than 100, and for a file that is not ours.
+    `images_per_second` {fp32, int8, ratio} measured in turns, `bytes`, `kept` (what stayed float32 beside the patch
+    embedding of a ViT), and how many pictures were for what: the 64 that calibrate never judge. Of a ViT as much is
+    quantised as keeps the neighbours: every matrix, or fewer. Raises `SaccadeError`, and writes nothing, where
+    `overlap` is below `least` whatever is kept, where pictures are fewer than 164, and for a file that is not ours.
     """
     needed("onnx", "onnxruntime")
     place = Path(directory) / MODEL
     encoder = load(place, None)
-    dynamic = isinstance(encoder.backbone.config, ViTConfig)
     source = open_source(pictures, short_side=encoder.preprocess.canvas, channels=encoder.preprocess.channels)
     order = list(map(Permutation(len(source), "int8"), range(min(len(source), _MOST + _CALIBRATE))))
-    calibrating = 0 if dynamic else _CALIBRATE
-    if len(order) - calibrating < _FEWEST:
+    if len(order) - _CALIBRATE < _FEWEST:
         raise SaccadeError(
             f"{len(source)} pictures are too few to tell whether neighbours stay",
             path=str(pictures) if isinstance(pictures, str | Path) else None,
-            hint=f"give {calibrating + _FEWEST} or more, of the kind that will be searched",
+            hint=f"give {_CALIBRATE + _FEWEST} or more, of the kind that will be searched",
         )
+    tried = []
     with _beside(place) as new:
-        if dynamic:
-            assert isinstance(encoder.backbone.config, ViTConfig)
-            _dynamic(place, new, encoder.backbone.config)
+        for kept in _written(place, new, encoder, _batches(encoder, source, order[:_CALIBRATE], "calibrating")):
+            _sign(new, place, {})
+            found = _gate(encoder, load(new, None), _batches(encoder, source, order[_CALIBRATE:], "comparing"))
+            found["kept"] = kept
+            tried.append(found["overlap"])
+            if found["overlap"] >= least:
+                break
         else:
-            _static(place, new, _batches(encoder, source, order[:calibrating], "calibrating"))
-        _sign(new, place, {})
-        found = _gate(encoder, load(new, None), _batches(encoder, source, order[calibrating:], "comparing"))
-        if not found["overlap"] >= least:
             raise SaccadeError(
-                f"int8 keeps {found['overlap']:.1%} of the 10 nearest neighbours, and {least:.0%} are asked for",
+                f"int8 keeps {max(tried):.1%} of the 10 nearest neighbours, and {least:.0%} are asked for",
                 path=place,
                 hint="nothing was written: serve the float32 file",
                 code=1,
             )
         found |= {"least": least, "bytes": {"fp32": place.stat().st_size, "int8": new.stat().st_size}}
-        found["pictures"]["calibration"] = calibrating
+        found["pictures"]["calibration"] = _CALIBRATE
         _sign(new, place, found)
         os.replace(new, place.parent / INT8)
     return {"file": INT8, **found}
+
+
+def _written(place: Path, new: Path, encoder: Encoder, batches: Iterable[Tensor]) -> Iterator[str]:
+    """Writes `new` in one way after the other, the fastest first, and says what stayed float32."""
+    graph_file = prepared(place, new.parent)
+    config = encoder.backbone.config
+    if not isinstance(config, ViTConfig):
+        _static(graph_file, new, batches)
+        yield "nothing"
+        return
+    found = matrices(opened(graph_file).graph, config)
+    seen = look(graph_file, found, batches)
+    for kept, chosen in schemes(found).items():
+        quantise_matrices(graph_file, new, chosen, seen)
+        yield kept
 
 
 @contextmanager
@@ -93,29 +108,8 @@ def _beside(place: Path) -> Iterator[Path]:
             logging.disable(level)
 
 
-def _dynamic(place: Path, new: Path, config: ViTConfig) -> None:
-    """Weights in int8 with a scale for each output, activations in uint8 by the range of each batch.
-
-    The patch embedding stays, and every matrix that gives fewer values than it takes: what comes out of an MLP's
-    activation has outliers, and their range leaves no steps for the rest (docs/log.md).
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    prepared = _prepared(place, new)
-    graph = opened(prepared).graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    matrices = [node for node in graph.node if node.op_type == "MatMul" and len(shapes.get(node.input[1], ())) == 2]
-    embedding = (config.channels * config.patch**2, config.width)
-    first = next(node.name for node in matrices if shapes[node.input[1]] == embedding)
-    left = [node.name for node in matrices if shapes[node.input[1]][0] > shapes[node.input[1]][1]]
-    quantize_dynamic(
-        prepared, new, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=[first, *left],
-    )  # fmt: skip
-
-
-def _static(place: Path, new: Path, batches: Iterable[Tensor]) -> None:
-    """As `_dynamic`, with ranges of activations that were seen on the calibration pictures."""
+def _static(graph_file: Path, new: Path, batches: Iterable[Tensor]) -> None:
+    """A convnet's weights with a scale for each output, activations by the ranges that were seen on pictures."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class _Pictures(CalibrationDataReader):
@@ -132,18 +126,18 @@ def _static(place: Path, new: Path, batches: Iterable[Tensor]) -> None:
 
     operators = ["Conv", "MatMul", "Gemm", "Add", "MaxPool"]
     quantize_static(
-        _prepared(place, new), new, _Pictures(), quant_format=QuantFormat.QDQ, per_channel=True,
+        graph_file, new, _Pictures(), quant_format=QuantFormat.QDQ, per_channel=True,
         weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8, op_types_to_quantize=operators,
     )  # fmt: skip
 
 
-def _prepared(place: Path, new: Path) -> Path:
-    """The graph with constants folded, so that every weight is one."""
+def prepared(place: Path, folder: Path) -> Path:
+    """The graph with constants folded, so that every weight is one, as a file in the folder."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = new.with_name("prepared.onnx")
-    quant_pre_process(str(place), str(prepared), skip_symbolic_shape=True)
-    return prepared
+    graph_file = folder / "prepared.onnx"
+    quant_pre_process(str(place), str(graph_file), skip_symbolic_shape=True)
+    return graph_file
 
 
 def _sign(new: Path, place: Path, found: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from saccade.backbone import FAMILIES
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.onnx.files import beside, opened, said, session, tensors
+from saccade.provenance import described
 from saccade.settings import Settings
 from saccade.tensors import hash_of
 from saccade.vit import Features, grid_of, places
@@ -207,27 +208,24 @@ def load(path: Path, image_size: int | None) -> Encoder:
     found = said(model, path)
     digest = hash_of(*beside(path))
     if found is not None:
-        return _ours(path, found, digest, image_size)
+        return _ours(path, found, {"hash": digest, "matched": len(model.graph.initializer)}, image_size)
     feed, output, config = _declared(model, path, image_size)
     backbone = OnnxBackbone(path, config, feed, [output])
-    record = {
-        "family": "onnx",
-        "size": config.image_size,
-        "pooling": output,
-        "mean": list(config.mean),
-        "std": list(config.std),
-        "licence": None,
-        "terms": "the licence is that of whoever published the file",
-        "hash": digest,
-        "matched": len(model.graph.initializer),
-        "missing": [],
-        "unexpected": [],
-        "path": str(path.absolute()),
-    }
+    record = described(
+        config,
+        family="onnx",
+        pooling=output,
+        licence="unknown",
+        terms="the licence is that of whoever published the file",
+        hash=digest,
+        matched=len(model.graph.initializer),
+        path=str(path.absolute()),
+        runtime="onnxruntime",
+    )
     return Encoder(backbone, record, config.image_size).eval()
 
 
-def _ours(path: Path, found: dict[str, Any], digest: str, image_size: int | None) -> Encoder:
+def _ours(path: Path, found: dict[str, Any], file: dict[str, Any], image_size: int | None) -> Encoder:
     family = next((name for name in FAMILIES if name in found), None)
     try:
         if family is None:
@@ -237,7 +235,8 @@ def _ours(path: Path, found: dict[str, Any], digest: str, image_size: int | None
         if image_size is not None:
             factor = prepared["resize"] / prepared["crop"]
             prepared |= {"crop": image_size, "resize": round(image_size * factor)}
-        record = {**found["record"], "hash": digest, "path": str(path.absolute()), "runtime": "onnxruntime"}
+        said = {**found["record"], **file, "path": str(path.absolute()), "runtime": "onnxruntime"}
+        record = described(config, **said)
         preprocess = Preprocess(**prepared)
     except (ValidationError, TypeError, KeyError, ValueError) as error:
         raise SaccadeError(

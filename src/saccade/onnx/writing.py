@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -23,7 +24,8 @@ from saccade.convnet import Convnet
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.onnx.files import FORMAT, MODEL, needed, session
-from saccade.vit import Features, ViT
+from saccade.provenance import travelling
+from saccade.vit import Features, ViT, ViTConfig
 
 OPSET = 18
 """The newest that every runtime of the last years reads, and all that is needed."""
@@ -46,10 +48,7 @@ class _PortableViT(ViT):
             return self._sincos(grid, self.pos_embed.device).to(self.pos_embed.dtype)[None]
         table = self.pos_embed[0, self._table_prefix :].unflatten(0, config.grid)  # [R C D]
         native = (torch.tensor(grid) == torch.tensor(config.grid)).all()
-        down, across = (
-            _resizing(to, side, config.position_offset, config.position_antialias, native)
-            for to, side in zip(grid, config.grid, strict=True)
-        )
+        down, across = (_resizing(to, side, config, native) for to, side in zip(grid, config.grid, strict=True))
         table = (down @ table.flatten(1)).unflatten(1, (-1, config.width))  # [r C D]
         return (across @ table).flatten(0, 1)[None]
 
@@ -62,21 +61,28 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def _resizing(to: int, side: int, offset: float, antialias: bool, native: Tensor) -> Float[Tensor, "to side"]:
-    """What bicubic interpolation of one axis multiplies with, from `side` to `to` values, as torch does it.
+def _hat(distance: Tensor) -> Tensor:
+    """The linear filter, 1 at 0 and 0 from 1 on."""
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def _resizing(to: int, side: int, config: ViTConfig, native: Tensor) -> Float[Tensor, "to side"]:
+    """What interpolation of one axis of a table multiplies with, from `side` to `to` values, as torch does it.
 
     A table of the native grid is not touched, though with an offset its scale is not 1.
     """
+    smooth, linear = config.position_antialias, config.position_linear
+    filter_ = _hat if linear else functools.partial(_cubic, a=-0.5 if smooth else -0.75)
     outputs = torch.arange(to)
-    scale = side / (torch.scalar_tensor(to, dtype=torch.float32) + offset)
+    scale = side / (torch.scalar_tensor(to, dtype=torch.float32) + config.position_offset)
     centre = ((outputs + 0.5) * scale - 0.5)[:, None]
-    if antialias:
-        matrix = _cubic((torch.arange(side) - centre) / scale.clamp(min=1), -0.5)
+    if smooth:
+        matrix = filter_((torch.arange(side) - centre) / scale.clamp(min=1))
         matrix = matrix / matrix.sum(1, keepdim=True)
     else:  # two values are looked at beyond each border, and are the border's
         values = torch.arange(-2, side + 2)
-        matrix = _cubic(values - centre, -0.75) @ torch.eye(side)[values.clamp(0, side - 1)]
-    if not offset:
+        matrix = filter_(values - centre) @ torch.eye(side)[values.clamp(0, side - 1)]
+    if not config.position_offset:
         return matrix
     return torch.where(native, (outputs[:, None] == torch.arange(side)).to(matrix.dtype), matrix)
 
@@ -213,13 +219,10 @@ def _quiet() -> Iterator[None]:
 
 def _metadata(encoder: Encoder) -> dict[str, str]:
     """What the file says of itself: all of it for `saccade.load`, and in plain words what a reader looks for."""
-    record = {name: value for name, value in encoder.record.items() if name != "path"}  # of this machine
-    if isinstance(record.get("initial"), dict):
-        record["initial"] = {name: value for name, value in record["initial"].items() if name != "path"}
     said = {
         "format": FORMAT,
         family_of(encoder.backbone): encoder.backbone.config.model_dump(mode="json"),
-        "record": {**record, "exported_from": encoder.record.get("hash")},
+        "record": travelling(encoder.record),
         "preprocess": dataclasses.asdict(encoder.preprocess),
     }
     words = {name: encoder.record.get(name) for name in ("family", "arch", "licence", "licence_url", "terms")}

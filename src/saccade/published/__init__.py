@@ -134,15 +134,16 @@ class ConvnetSize:
 
 @dataclass(frozen=True)
 class Prepared:
-    """How a family prepares a picture: short side to `resize`/`crop` of the native size, then the centre.
+    """How a family prepares a picture: short side to `resize`/`crop` of the size, then the centre.
 
-    `square`: both sides to the native size instead, whatever the aspect.
+    `square`: both sides to the size instead, whatever the aspect. `side`: the size, where it is not the native one.
     """
 
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     square: bool = False
+    side: int | None = None
 
 
 @dataclass(frozen=True)
@@ -317,11 +318,17 @@ def _stacked(naming: Naming, tensors: dict[str, Any]) -> dict[str, Any]:
     return result | {name: torch.stack([every[n] for n in sorted(every)]) for name, every in layers.items()}
 
 
+def without_name(naming: Naming, ours: Iterable[str]) -> set[str]:
+    """Those of our names that `to_theirs` leaves out, or refuses."""
+    every = set(ours)
+    found, _ = _apply([_parts(rule) for rule in naming.rules], every)
+    return every - {name for named, _, _ in found for name in named}
+
+
 def to_theirs(naming: Naming, tensors: Tensors, prefix: str = "") -> dict[str, Any]:
     """Our tensors by their names, bit for bit what `to_ours` was given. Raises `SaccadeError` for what has no name."""
     found, _ = _apply([_parts(rule) for rule in naming.rules], set(tensors))
-    known = {name for ours, _, _ in found for name in ours}
-    if nameless := sorted(naming.needed(tensors.keys() - known)):
+    if nameless := sorted(naming.needed(without_name(naming, tensors))):
         raise SaccadeError(f"this naming has no place for {', '.join(nameless[:3])}", path=nameless[0])
     result: dict[str, Any] = {}
     for ours, theirs, way in found:
@@ -478,7 +485,10 @@ def _attempt(
         if given[key] != expected[key]
     ]
     once: set[str] = set()
-    doubled = [name for ours, theirs, _ in names.found if once & set(ours) or once.update(ours) for name in theirs]
+    doubled: list[str] = []
+    for ours, theirs, _ in names.found:
+        doubled += theirs if once & set(ours) else []
+        once |= set(ours)
     lacking = _in_their_names(naming, naming.needed(expected.keys() - given.keys()), names.prefix, shapes)
     names = names._replace(
         missing=sorted({*names.missing, *lacking}),
@@ -656,7 +666,7 @@ def _chosen(sizes: list[tuple[str, Any]], called: str) -> tuple[str | None, Any]
 
 def listing(pattern: str = "*") -> list[dict[str, Any]]:
     """The published checkpoints whose name or family has the pattern in it, * and ? allowed. Raises `SaccadeError`."""
-    from saccade.hub import cached
+    from saccade.hub import cached, repository
 
     found: list[dict[str, Any]] = [
         {
@@ -668,6 +678,7 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
             "terms": family.terms,
             "data": size.data or family.data,
             "figures": {**family.figures[name], "source": family.figures_source} if name in family.figures else {},
+            "hub": any("/" in one and repository(one) for one in size.names),
             "cached": any(map(cached, size.names)),
             "cached_names": list(filter(cached, size.names)),
         }
@@ -678,9 +689,11 @@ def listing(pattern: str = "*") -> list[dict[str, Any]]:
         row for row in found if any(fnmatch(row[key].lower(), f"*{pattern.lower()}*") for key in ("name", "family"))
     ]
     if not wanted:
+        hint = nearest(pattern, [*families(), *(str(row["name"]) for row in found)])
+        everything = f"families: {', '.join(sorted(families()))}; without a pattern all are listed"
         raise SaccadeError(
             f"no published model is called {pattern!r}",
             path=pattern,
-            hint=nearest(pattern, [*families(), *(str(row["name"]) for row in found)]),
+            hint=hint if hint.startswith("did you mean") else everything,
         )
     return wanted

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from saccade.published import APACHE, HALVES, IMAGENET, Family, Naming, Rule, Shapes, Size, Way, pairs
+from saccade.published import APACHE, HALVES, IMAGENET, Family, Naming, Prepared, Rule, Shapes, Size, Way, pairs
 
 _ATTENTION = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
 _OUTSIDE = {name: name for name in ("patch_embed.proj", "norm")}
@@ -153,6 +153,7 @@ FAMILY = Family(
         "timm registers": _timm(_plain(), registers=True),
         "timm giant registers": _timm(_gated("fc1", "fc2"), registers=True),
     },
+    preprocess=Prepared(side=224),  # trained last at 518, evaluated by its authors at 224
     read=_read,
     signs=("dinov2",),
     figures={

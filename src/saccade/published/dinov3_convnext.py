@@ -52,7 +52,8 @@ FAMILY = Family(
     name="dinov3-convnext",
     licence="DINOv3 License",
     licence_url="https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
-    terms="a custom licence: copies and derivatives only under the same agreement, and some uses are barred",
+    terms="a custom licence: copies and derivatives only under the same agreement and with its text, publications must "
+    "acknowledge it, military, nuclear, espionage and weapons uses are barred",
     data="LVD-1689M",
     pooling="cls",
     network="convnext",

@@ -94,8 +94,8 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
         many = next(row for n, row in enumerate(MIXED, 1) if u < sum(row[3] for row in MIXED[:n]) or n == len(MIXED))
         side, small, plain = (round(n * k / patch) * patch for n, k in zip((side, small, side), many[:3], strict=True))
     sized = config.model_copy(update={"image_size": side, "local_size": small})
-    anchored = config.stage in ("held", "renewed", "high")
-    made = augment.multi_crop(sized, batch, draws, blurred=(0.0, 0.9, 0.5), plain=plain if anchored else None)
+    finer = plain if config.stage in ("held", "renewed", "high") else None
+    made = augment.multi_crop(sized, batch, draws, blurred=(0.0, 0.9, 0.5), plain=finer, stretch=True)
     return made | {"hide": masking.block_masks(sized, draws, made["globals"], spread=True, fill=True)}
 
 
