@@ -6,45 +6,42 @@ labelled pictures meets the start on others: it is handed over where it is bette
 
 from __future__ import annotations
 
-import copy
 import functools
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from jaxtyping import Shaped
+from torch import Tensor
 
-from saccade import augment, backbone, distributed, health, initial, losses, optim, published, recipe, weights
-from saccade.data import Batch, Source
+from saccade import backbone, distributed, health, hints, published, recipe, weights
+from saccade.advice import advise
+from saccade.anchor import Anchored, anchored
+from saccade.data import Source
 from saccade.distributed import Ranks
-from saccade.draws import Draws
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate, gate
 from saccade.evaluate.live import Live
-from saccade.model import build
-from saccade.norm import BatchNorm
-from saccade.optim import Group
-from saccade.recipe import Coupled, Method, Recipe, Training
-from saccade.run import Run, holding, stop_requests
+from saccade.model import Model, build
+from saccade.recipe import Recipe, Training
+from saccade.run import Run, holding, memory_gb, stop_requests
 from saccade.settings import LENGTHS, AdaptArguments, PretrainArguments, RunArguments, checked
 from saccade.train import Pretraining
-from saccade.vit import ViTConfig
 from saccade.watch import Watch
 
-STEPS, BATCH, LAYER_DECAY = 1000, 64, 0.75
-"""What is not asked for: a length, and at most so large a batch and a layer decay."""
-RISE = 0.1
-"""Part of the steps after the heads are warm in which the backbone's learning rate rises from 0."""
-AREA = (0.5, 1.0)
-"""Of the crops, in their own colours, on which the backbone is held to the start."""
-FARTHEST = 0.5
-"""Without labels: the mean distance (1 - cosine) from the start's features above which nothing is handed over."""
-_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks")
+STEPS, BATCH, LAYER_DECAY, RATE = 1000, 64, 0.75, 1e-3
+"""What is not asked for: a length; at most so large a batch and a layer decay; the heads' learning rate."""
+SMALL = {
+    "prototypes": 1024, "hidden": 512, "head_norm": True, "first_temperature": 0.02, "teacher_temperature": 0.02,
+    "momentum": 0.99, "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
+}  # fmt: skip
+"""What short runs on few pictures want of a method that has these settings: heads that get warm, a quick teacher."""
+PATIENCE, FALLS = 5, 3
+"""Evaluations without a better one, and roll-backs, after which a run ends."""
+_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "roll_back", "looks")
 
 
 def adapt(
@@ -103,130 +100,53 @@ def _start(arguments: AdaptArguments) -> Encoder:
 
 def _gently(name: str, encoder: Encoder, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, and what follows from the start and from being gentle where they say nothing."""
-    usual = recipe.configure(name, {})[1]
-    size, arch = encoder.backbone.config.image_size, encoder.record.get("arch")
-    found = {"image_size": size, "channels": encoder.backbone.config.channels, "batch": min(usual.batch, BATCH)}
-    found |= {"layer_decay": min(usual.layer_decay, LAYER_DECAY)}
-    if not any(settings.get(length) is not None for length in LENGTHS):
-        found |= {"steps": STEPS}
+    arch, side = encoder.record.get("arch"), settings.get("image_size", encoder.preprocess.crop)
     if arch is None and "arch" not in settings:
         raise SaccadeError("the backbone's size has no name", path="--arch", hint="say it, e.g. --arch vit-s/16")
-    return found | ({"arch": arch} if arch else {}) | settings
-
-
-def anchored(page: Recipe, asked: AdaptArguments, encoder: Encoder) -> Recipe:
-    """The recipe with a backbone like the encoder's, and held to it. The recipe does not know."""
-    switches = initial.switches(encoder)
-    if isinstance(encoder.backbone.config, ViTConfig):
-        switches |= {"pooling": encoder.backbone.config.pooling}
-
-    def views(config: Any, batch: Batch, draws: Draws) -> Batch:
-        crops = augment.random_resized_crop(draws.sample("anchor"), batch["size"], scale=AREA)
-        return page.views(config, batch, draws) | {
-            "anchored": augment.render(batch["pixels"], crops, config.image_size)
-        }
-
-    method = functools.partial(Anchored, page=page, asked=asked)
-    return replace(page, views=views, method=method, switches=switches)
-
-
-class Anchored(Method):
-    """Any method, its backbone standing still until the heads are warm, then slow and held to what it was at first.
-
-    Batch norms of the backbone keep the statistics of the start: ten batches would replace them.
-    """
-
-    def __init__(
-        self, config: Training, network: Any, teachers: dict[str, nn.Module], *, page: Recipe, asked: AdaptArguments
-    ):
-        super().__init__(config, network, teachers)
-        self.config, self.asked = config, asked
-        self.anchor = copy.deepcopy(network).requires_grad_(False)
-        self.inner = page.method(config, network, teachers)
-        self._trained = (network,)  # it is a part of the method inside, and in its state
-        if isinstance(self.inner, Coupled) and config.accumulate > 1:
-            raise SaccadeError(
-                f"{page.name} compares a whole batch, which adapt cannot accumulate", path="--accumulate", hint="use 1"
-            )
-        layers, last = optim.layers_of(name for name, _ in network.named_parameters())
-        if asked.freeze_blocks > last - 2:
-            raise SaccadeError(
-                f"--freeze-blocks {asked.freeze_blocks} leaves nothing of {last - 1} blocks",
-                path="--freeze-blocks",
-                hint=f"use {last - 2} at most",
-            )
-        if asked.freeze_blocks:
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(layers[name] > asked.freeze_blocks)
-        self.train()
-
-    def train(self, mode: bool = True) -> Anchored:
-        """Sets the mode of all but what keeps its statistics."""
-        super().train(mode)
-        self.anchor.eval()
-        for network in (*self._trained, self.inner.encoder()):
-            for part in network.modules():
-                if isinstance(part, BatchNorm):
-                    part.eval()
-        return self
-
-    def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The method's loss, and how far pooled vector and likeness of patches are from the start's."""
-        loss, metrics = self.inner(batch, t)
-        (network,), images = self._trained, batch["anchored"]
-        seen = network(images)
-        with torch.no_grad():
-            kept = self.anchor(images)
-        ours, theirs = network.embedding(seen).float(), self.anchor.embedding(kept).float()
-        token = 1 - F.cosine_similarity(ours, theirs).mean()
-        patches = losses.gram(seen.patches, kept.patches) if seen.patches.shape[1] > 1 else torch.zeros_like(token)
-        far = {"anchor_token": token.detach(), "anchor_patches": patches.detach()}
-        whole = loss + self.asked.anchor_token * token + self.asked.anchor_patches * patches
-        return whole, {"cls_loss": loss.detach(), **metrics, **far}
-
-    def groups(self, t: float) -> list[Group]:
-        """The method's own, those of the backbone apart: still, then at a lower rate that rises from 0."""
-        (network,), config, asked = self._trained, self.config, self.asked
-        groups = self.inner.groups(t)
-        if groups is None:
-            groups = optim.default_groups(self.inner, network, config.weight_decay, config.layer_decay)
-        inside = {id(parameter) for parameter in network.parameters()}
-        risen = min(1.0, max(0.0, (t - asked.warm) / (RISE * (1 - asked.warm))))
-        found = []
-        for group in groups:
-            slow = {name: parameter for name, parameter in group.parameters.items() if id(parameter) in inside}
-            rest = {name: parameter for name, parameter in group.parameters.items() if name not in slow}
-            scale = group.lr_scale * asked.backbone_rate * risen
-            still = group.frozen or t < asked.warm
-            found += [replace(group, parameters=rest)] if rest else []
-            found += [replace(group, parameters=slow, lr_scale=scale, frozen=still)] if slow else []
-        return found
-
-    def begin(self) -> None:
-        """As the method."""
-        self.inner.begin()
-
-    def after_step(self, t: Float[Tensor, ""]) -> None:
-        """As the method."""
-        self.inner.after_step(t)
-
-    def encoder(self) -> nn.Module:
-        """The method's."""
-        return self.inner.encoder()
-
-    def chance(self) -> float | None:
-        """The method's, of what is logged as `cls_loss`."""
-        return self.inner.chance()
-
-    def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:
-        """The method's."""
-        return self.inner.show(batch)
+    usual = recipe.configure(name, {})[1]
+    found = {"image_size": side, "channels": encoder.backbone.config.channels, "batch": min(usual.batch, BATCH)}
+    found |= {"layer_decay": min(usual.layer_decay, LAYER_DECAY)} | ({"arch": arch} if arch else {})
+    if not any(settings.get(length) is not None for length in LENGTHS):
+        found |= {"steps": STEPS}
+    if ":" not in name:
+        patch = encoder.backbone.stride
+        small = {**SMALL, "local_size": max(2, round(0.43 * side / patch)) * patch}
+        found |= {setting: value for setting, value in small.items() if setting in type(usual).model_fields}
+    made = recipe.configure(name, found | settings, also=AdaptArguments.model_fields)[1]
+    rate = {"lr": made.lr * RATE / made.peak()}  # whatever the rule by which it grows with the batch
+    return found | rate | settings
 
 
 class Watching(Watch):
-    """Chooses by k-NN, which the gate asks for too, on a part of the labelled pictures that is not the gate's."""
+    """Chooses by k-NN, which the gate asks for too, on a part of the labelled pictures that is not the gate's.
+
+    Without labels every checkpoint whose features are not lost is as good as the one before. What it decides stands in
+    the lines of metrics.jsonl, so that a run that goes on has decided the same.
+    """
 
     measure = "knn"
+
+    def __init__(self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks, *, asked: AdaptArguments):
+        super().__init__(arguments, source, run, ranks)
+        self.asked = asked
+
+    def begin(self, model: Model, steps: int, say: Any) -> None:
+        """As `Watch`; and the model takes from its checkpoint how far it was."""
+        assert isinstance(model.method, Anchored)
+        model.method.recall()
+        self.turn, self._falls, self._idle = (0, ""), 0, 0
+        self._seen_of_start: Tensor | None = None
+        super().begin(model, steps, say)
+
+    def schedule(self) -> set[int]:
+        """Also without labels: hints tell when features are lost."""
+        looks = self.asked.looks
+        return {max(1, round(n * self.steps / looks)) for n in range(looks + 1)}
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is to be hoped for any more."""
+        return self.arguments.eval is not None and (self._idle >= PATIENCE or self._falls >= FALLS)
 
     def labelled(self, preprocess: Preprocess) -> Live:
         """Those to learn from and those to choose by."""
@@ -240,11 +160,87 @@ class Watching(Watch):
             raise SaccadeError("no picture of the data could be read", path="DATA", code=1)
         return self._pictures
 
-    def measured(self, encoder: Encoder) -> dict[str, Any]:
-        """`hints` that need no labels, and `watch`, in percent of the pictures to choose by, where there are any."""
-        seen = health.look(encoder, self.pictures())
-        hints = {name: seen[name] for name in ("rank", "spread")}
-        return {"hints": hints} | ({"watch": self._live.measure(encoder)} if self._evaluations else {})
+    def started(self) -> Encoder:
+        """The start as the run's own network has it, prepared as the candidate is."""
+        assert self.encoder is not None
+        method, _ = build(self.page, self.config, self.arguments.init)
+        assert isinstance(method, Anchored)
+        return Encoder(method.anchor, {**self.encoder.record, "steps": 0}).eval().to(self.ranks.device)
+
+    def enter(self, config: Training) -> None:
+        """As `Watch`."""
+        self.config, self._seen_of_start = config, None
+        super().enter(config)
+
+    def measured(self, encoder: Encoder, *, first: bool = False) -> dict[str, Any]:
+        """`hints` that need no labels, and `watch`, in percent of the pictures to choose by, where there are any.
+
+        But for the `first`, the start itself, hints say how far features are from the start's.
+        """
+        if self._seen_of_start is None and not first:
+            self._seen_of_start = hints.vectors(self.started(), self.pictures())
+        found = {"hints": hints.measure(encoder, self.pictures(), self._seen_of_start)}
+        if self.arguments.eval is None:
+            return found
+        scores = self._live.measure(encoder)
+        return found | {"watch": {**scores, "chance": 100 / self._live.classes, "pictures": self._live.examined}}
+
+    def evaluated(self, encoder: Encoder) -> dict[str, Any]:
+        """Scores and hints, flat."""
+        found = self.measured(encoder)
+        return {**found.get("watch", {}), **found["hints"]}
+
+    def see(self, model: Model, step: int, delivered: Tensor | None) -> dict[str, Any]:
+        """As `Watch`, and in `eval` which `turn` the run takes: best, worse, fell."""
+        seen = super().see(model, step, delivered)
+        if "eval" in seen:
+            assert isinstance(model.method, Anchored)
+            seen["eval"] |= {"warming": self._stood(model.method, step), "rate": model.method.brake}
+            seen["eval"]["turn"] = self.ranks.from_first(lambda: self._judged(seen["eval"]))
+        return seen
+
+    def _stood(self, method: Anchored, step: int) -> bool:
+        """Whether the backbone is still the start's, bit for bit."""
+        return method.still or method.warmed_at * self.steps > step - 1.5
+
+    def _judged(self, found: dict[str, Any]) -> str:
+        if self.best is None or found["warming"]:
+            return "best"
+        lost = hints.astray(self.run.record["before"]["hints"], found)
+        if self.arguments.eval is None:
+            return "fell" if lost and self.asked.roll_back else "worse" if lost else "best"
+        value, best = found[self.measure], self.best["value"]
+        if value > best and not lost:
+            return "best"
+        doubt = (best * (100 - best) / max(found["pictures"], 1)) ** 0.5  # one standard error of the best
+        return "fell" if self.asked.roll_back and (lost or value < best - doubt) else "worse"
+
+    def improves(self, entry: dict[str, Any]) -> bool:
+        """Takes in what a line says of the run's way; whether its checkpoint is the one to keep."""
+        found = entry.get("eval")
+        if found is None:
+            return False
+        self.turn = (entry["step"], found["turn"])
+        if found["turn"] == "best":
+            self._idle = 0
+            measure = (
+                "no labels: the newest whose features are not lost"
+                if self.arguments.eval is None
+                else (f"{self.measure}, on a part held out of train")
+            )
+            value = found.get(self.measure, 0.0)
+            self.best = {"step": entry["step"], "measure": measure, "value": value, "warming": found["warming"]}
+            return True
+        self._idle += self.asked.roll_back
+        self._falls += found["turn"] == "fell"
+        return False
+
+    def examine(self, encoder: Encoder) -> dict[str, Any] | None:
+        """The test side, which nothing else has read; it is the start that one is compared with, not raw pixels."""
+        if self.arguments.eval is None:
+            return None
+        tasks, group_by = ("knn", "linear"), self.arguments.group_by
+        return evaluate(encoder, self.arguments.eval, tasks=tasks, group_by=group_by, baselines=False)
 
     def judged(self, start: Encoder, candidate: Encoder) -> dict[str, Any]:
         """The gate, on pictures that nothing was chosen by."""
@@ -260,16 +256,15 @@ class Watching(Watch):
 
 
 class Adapting(Pretraining):
-    """A run whose start is measured first, and whose end has to pass the gate."""
+    """A run whose start is measured first, that goes back when it gets worse, and whose end has to pass the gate."""
 
-    watching = Watching
     watch: Watching
 
     def __init__(
         self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks,
         asked: AdaptArguments,
     ):  # fmt: skip
-        self.asked = asked
+        self.asked, self.watching = asked, functools.partial(Watching, asked=asked)
         super().__init__(page, config, arguments, data, ranks)
         if self.watch.encoder is None:
             raise ranks.shared(
@@ -281,95 +276,125 @@ class Adapting(Pretraining):
         return {**super()._asked(), "verb": "adapt", "gently": gently}
 
     def train(self, requests: dict[str, bool]) -> None:
-        """Measures the start, once, then trains."""
+        """Measures the start and says what is to be expected, once, then trains."""
         self.ranks.from_first(self._measure_start)
+        if "estimate" not in self.ranks.from_first(lambda: self.run.record):
+            self._foretell()
         super().train(requests)
 
     def _measure_start(self) -> None:
-        if "before" not in self.run.record:
-            before = self.watch.measured(self._started())
-            self.run.note(before=before)
-            self.progress.say(f"the start: {_spoken(before)}")
+        if "before" in self.run.record:
+            return
+        began, pictures = time.monotonic(), self.watch.pictures()
+        before = self.watch.measured(self.watch.started(), first=True)
+        advice = advise(len(self.source), health.distinct(pictures), len(pictures), before)
+        self.run.note(before=before, advice=advice, look_seconds=time.monotonic() - began)
+        self.progress.say(f"the start: {_spoken(before)}")
+        instead = {
+            "probe": "a linear probe on the frozen backbone first (saccade evaluate)",
+            "pretrain": "saccade pretrain, without --init",
+            "adapt": "to adapt is a sensible first try",
+        }
+        self.progress.say(f"advice, by rules of thumb: {instead[advice['first_try']]}; {advice['why']}")
 
-    def _started(self) -> Encoder:
-        """The start as the run's own network has it, prepared as the candidate is."""
-        method, _ = build(self.page, self.model.config, self.arguments.init)
-        assert isinstance(method, Anchored) and self.watch.encoder is not None
-        record = {**self.watch.encoder.record, "steps": 0}
-        return Encoder(method.anchor, record).eval().to(self.ranks.device)
+    def _foretell(self) -> None:
+        """Times three steps of a model that is thrown away, and says how long it will take and what it needs."""
+        kept, times = self.model, list[float]()
+        self.model = Model(self.page, kept.config, self.arguments, self.ranks)
+        assert isinstance(self.model.method, Anchored)
+        self.model.method.move()
+        batches = self._batches(self._deliveries(self.step, self.step + 3))
+        for _ in range(3):
+            began = time.monotonic()
+            float(self.model.step(batches, 0.5)["loss"])
+            times.append(time.monotonic() - began)
+        del batches
+        self.model = kept
+        looks = len(self.watch.schedule()) * self.ranks.from_first(lambda: self.run.record["look_seconds"])
+        seconds = min(times[1:]) * self.steps + looks
+        found = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb(), 2)}
+        self.ranks.from_first(lambda: self.run.note(estimate=found))
+        self.progress.say(
+            f"{self.steps} steps and {self.asked.looks} looks will take about {seconds / 60:.1f} minutes at most and "
+            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before"
+        )
+
+    def _turn(self) -> bool:
+        """Back to the best checkpoint where the score fell; whether the state is now another or the last one."""
+        fell = self.watch.turn == (self.step, "fell")
+        best = self.watch.best
+        if fell and best is not None:
+            directory = self.run.checkpoints / str(best["step"])
+            self._return_to(directory)
+            said = f"step {self.step}: fell below the best, of step {best['step']}: back to it, at half the rate"
+            self.progress.say(said)
+        if self.watch.turn[0] == self.step and self.watch.ended:
+            self.progress.say(f"step {self.step}: nothing gets better any more, so the run ends here")
+        return fell or self.watch.ended
+
+    def _return_to(self, directory: Path) -> None:
+        """The weights and moments of a checkpoint; of one of an earlier stage those that are still there."""
+        method = self.model.method
+        assert isinstance(method, Anchored)
+        stored: dict[str, Any] = dict(distributed.metadata(directory).state_dict_metadata)
+        course = method.course.clone()
+        ours = {
+            name: tensor
+            for name, tensor in self.model.tensors().items()
+            if name in stored and stored[name].size == tensor.shape
+        }
+        rest = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in stored.items()
+            if name not in ours
+        }
+        distributed.load_tensors(ours | rest, directory, self.ranks)
+        method.course.copy_(course)
+        method.slow_down()
 
     def _hand_over(self, encoder: Encoder) -> dict[str, Any] | None:
         """Writes what passed the gate, or the start; `encoder` becomes it."""
-        start, best = self._started(), self.watch.best
-        risen = best is not None and best["step"] > self.asked.warm * self.steps
-        if best is not None and risen:
+        start, best = self.watch.started(), self.watch.best
+        moved = best is not None and not best["warming"]
+        if best is not None and moved:
             encoder.backbone.load_state_dict(weights.load(self.run.path / "best").backbone.state_dict())
-        encoder.record["steps"] = best["step"] if best is not None and risen else self.steps
-        after = self.watch.measured(encoder)
-        after["hints"]["drift"] = drift(start, encoder, self.watch.pictures())
-        before = self.run.record["before"]
-        if self.arguments.eval is None:
-            verdict = unverified(before["hints"], after["hints"], self.watch.monitor.finding.verdict)
-        elif risen:
-            verdict = self.watch.judged(start, encoder)
-        else:
+        encoder.record["steps"] = best["step"] if best is not None and moved else self.step
+        before, after = self.run.record["before"], self.watch.measured(encoder)
+        if not moved:
             reason = "no checkpoint was better than the start on the pictures that choose"
-            verdict = {"passed": False, "measure": "knn", "bound": None, "reason": reason}
-        refused = verdict["handed_over"] == "start" if "handed_over" in verdict else not verdict["passed"]
+            verdict = {"passed": False, "measure": None, "bound": None, "reason": reason}
+        elif self.arguments.eval is None:
+            verdict = gate.unverified(before["hints"], after["hints"], self.watch.monitor.finding.verdict)
+        else:
+            verdict = self.watch.judged(start, encoder)
+        refused = verdict["passed"] is False
         verdict["handed_over"] = "start" if refused else "candidate"
         kept, other = (start, encoder) if refused else (encoder, start)
         weights.save_backbone(self.run.path / "backbone", kept.backbone, kept.record)
         scores = self.watch.examine(kept)
-        if scores is not None:
-            examined = self._examined(other), {name: scores[name] for name in ("knn", "linear")}
+        rest = self.watch.examine(other)
+        if scores is not None and rest is not None:
+            examined = [{name: found[name] for name in ("knn", "linear")} for found in (rest, scores)]
             before["test"], after["test"] = reversed(examined) if refused else examined
         encoder.backbone.load_state_dict(kept.backbone.state_dict())
         encoder.record["steps"] = kept.record["steps"]
-        self.run.note(before=before, after=after, gate=verdict)
+        self.run.note(before=before, after=after, gate=verdict, rolled_back=self._rolled_back())
         self.progress.say(f"the gate: {verdict['handed_over']} handed over; {verdict['reason']}")
         return scores
 
-    def _examined(self, encoder: Encoder) -> dict[str, float]:
-        """k-NN and linear on the test side, which nothing else has read."""
-        assert self.arguments.eval is not None
-        tasks, group_by = ("knn", "linear"), self.arguments.group_by
-        found = evaluate(encoder, self.arguments.eval, tasks=tasks, group_by=group_by, baselines=False)
-        return {name: found[name] for name in tasks}
+    def _rolled_back(self) -> list[int]:
+        """The steps at which the run went back."""
+        return [entry["step"] for entry in self.run.metrics() if entry.get("eval", {}).get("turn") == "fell"]
 
     def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
         record = self.run.record
-        return {**super()._summary(scores), **{name: record[name] for name in ("before", "after", "gate")}}
-
-
-@torch.inference_mode()
-def drift(start: Encoder, encoder: Encoder, pictures: Shaped[Tensor, "b c s s"]) -> float:
-    """How far the pooled vectors of pictures have moved: 1 - cosine, the mean."""
-    apart = []
-    for part in pictures.split(64):
-        ours, theirs = (one.backbone.pooled(part.to(one.device)).float() for one in (encoder, start))
-        apart.append(1 - F.cosine_similarity(ours, theirs))
-    return torch.cat(apart).mean().item()
-
-
-def unverified(before: dict[str, Any], after: dict[str, Any], verdict: str) -> dict[str, Any]:
-    """The gate without labels: whether features collapsed or drifted away; that they are better, nobody knows.
-
-    `before` and `after` are `rank` and `spread`, and of `after` the `drift`; `verdict` is the health of the run.
-    """
-    wrong = None
-    if verdict in ("diverged", "constant_features", "low_rank"):
-        wrong = f"the run's health is {verdict}"
-    elif after["rank"] is None or after["rank"] < 0.5 * before["rank"] or after["spread"] < 0.01 * before["spread"]:
-        wrong = f"features collapsed: rank {before['rank']:.3g} to {after['rank'] or 0:.3g}"
-    elif after["drift"] > FARTHEST:
-        wrong = f"features drifted {after['drift']:.2f} from the start, more than {FARTHEST}"
-    reason = "unverified: without --eval nothing can say whether it is better; neither collapse nor drift was seen"
-    return {"passed": None if wrong is None else False, "measure": None, "bound": None, "reason": wrong or reason,
-            "handed_over": "candidate" if wrong is None else "start"}  # fmt: skip
+        names = ("before", "after", "gate", "rolled_back", "advice", "estimate")
+        return {**super()._summary(scores), **{name: record[name] for name in names}}
 
 
 def _spoken(measured: dict[str, Any]) -> str:
     """What was measured, in words."""
-    watch = [f"{name} {value:.1f} %" for name, value in measured.get("watch", {}).items()]
-    hints = [f"{name} {value:.3g}" for name, value in measured["hints"].items() if value is not None]
-    return ", ".join([*watch, f"hints without labels: {' and '.join(hints)}"])
+    scores = measured.get("watch", {})
+    watch = [f"{name} {scores[name]:.1f} %" for name in ("knn", "linear", "chance") if name in scores]
+    told = [f"{name} {value:.3g}" for name, value in measured["hints"].items() if value is not None]
+    return ", ".join([*watch, f"hints without labels: {', '.join(told)}"])

@@ -203,14 +203,19 @@ class AdaptArguments(RunArguments):
         None, description="labelled folder; of its train side a part chooses the checkpoint and another one judges it"
     )
     warm: float = Field(
-        0.2, gt=0, lt=1, description="part of the steps in which fresh heads learn and the backbone stands still"
+        0.3, ge=0, lt=1, description="part of the steps, at most, in which fresh heads learn on a still backbone"
     )
-    backbone_rate: float = Field(0.1, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
+    backbone_rate: float = Field(0.05, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
     anchor_patches: float = Field(
         1.0, ge=0, description="weight of the distance from the start in how alike the patches of a picture are"
     )
     anchor_token: float = Field(1.0, ge=0, description="weight of the distance from the start in the pooled vector")
     freeze_blocks: int = Field(0, ge=0, description="blocks, and all before them, that never move")
+    looks: int = Field(15, ge=1, description="how often it is evaluated on the way")
+    roll_back: bool = Field(
+        True,
+        description="when the score falls, go back to the best checkpoint at half the rate; end when none gets better",
+    )
 
 
 _SIZE = "side in pixels; the family's own if not given"

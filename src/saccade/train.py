@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,7 @@ ON_DEVICE = ("pixels", "text")
 
 
 def pretrain(
-    data: str | Path | Source | Sequence[str | Path | Source],
-    *,
-    recipe: str,
-    out: str | Path,
-    **settings: Any,
+    data: str | Path | Source | Sequence[str | Path | Source], *, recipe: str, out: str | Path, **settings: Any
 ) -> Run:
     """Learns a representation from unlabelled data, or goes on with the run that was begun in `out`.
 
@@ -59,7 +55,7 @@ def pretrain(
 class Pretraining:
     """One run: data, stages, the loop over steps, checkpoints, and what is written down at the end."""
 
-    watching = Watch
+    watching: Callable[..., Watch] = Watch
 
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks):
         self.page, self.config, self.arguments, self.ranks = page, config, arguments, ranks
@@ -205,16 +201,16 @@ class Pretraining:
         self.progress.begin(self.step, self._before)
         self._saved = time.monotonic()
         for stage, (end, _) in enumerate(self.stages):
-            if self.step >= end:
+            if self.step >= end or self.watch.ended:
                 continue
             self._enter(stage)
             batches = self._batches(self._deliveries(self.step, end), note=True)
-            while self.step < end:
+            while self.step < end and not self.watch.ended:
                 metrics = self.model.step(batches, self.step / self.steps)
                 self.step += 1
                 better = self._log(metrics)
                 stop, due = divmod(self.ranks.highest(2 * requests["stop"] + self._due()), 2)
-                if stop or due or better or self.step == self.steps:
+                if self._turn() or stop or due or better or self.step == self.steps:
                     self._values(metrics)  # never save a model that is no longer finite
                     self._save()
                 if better:
@@ -223,6 +219,10 @@ class Pretraining:
                     raise self.ranks.shared(
                         SaccadeError(f"stopped on request at step {self.step} of {self.steps}, and saved",
                                      hint="the same command goes on", code=75))  # fmt: skip
+
+    def _turn(self) -> bool:
+        """After what was seen of a step: whether it was answered by going another way, which is then saved."""
+        return False
 
     def _due(self) -> bool:
         every = self.arguments.save_every
@@ -257,7 +257,7 @@ class Pretraining:
             self.run.log(entry)
             self.progress.tell(entry, self.steps)
             self.watch.judge(entry)
-        return self.watch.improves({"step": self.step, **seen})
+        return self.watch.improves({"step": self.step, **values, **seen})
 
     def finish(self) -> Run:
         """Writes the backbone, what came out, and the report; every rank gets the finished run."""
@@ -278,7 +278,7 @@ class Pretraining:
 
     def _hand_over(self, encoder: Encoder) -> dict[str, Any] | None:
         """Writes the backbone; its scores on labelled pictures, if there are any."""
-        encoder.record["steps"] = self.steps
+        encoder.record["steps"] = self.step
         weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
         return self.watch.examine(encoder)
 
@@ -288,12 +288,12 @@ class Pretraining:
         evaluations = [{"step": entry["step"], **entry["eval"], "part": "held out of train"}
                        for entry in logged if "eval" in entry]  # fmt: skip
         if scores is not None:
-            evaluations.append({"step": self.steps, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
+            evaluations.append({"step": self.step, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
         return {
-            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
+            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.step,
             "seconds": last["seconds"], "images_per_second": last["images_per_second"],
             "data_wait": waited(logged), "loss": sum(tail) / len(tail), "eval": evaluations, "best": self.watch.best,
-            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.step)),
             "report": str(self.run.path / report.REPORT),
             "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
             "memory_gb": last["memory_gb"],

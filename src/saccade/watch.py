@@ -55,14 +55,22 @@ class Watch:
         self._count = min(256, max(64, config.batch // 2))
         self._every = max(50, -(-75 * self._count // config.batch))
         self._rows = min(10_000, max(1_000, steps * config.batch // 100))
-        self._evaluations = set[int]()
-        if self.arguments.eval is not None:
-            self._evaluations = {max(1, round(n * steps / EVALUATIONS)) for n in range(EVALUATIONS + 1)}
+        self._evaluations = self.schedule()
         warmup = round(config.warmup * steps)
         self._special = {1, warmup, steps}  # the untrained network, the highest rate, the end
         self.monitor = health.Monitor(model.method.chance(), warmup, len(self.source))
         self.enter(config)
         self.best = self.ranks.from_first(self._recall)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run ends before its last step."""
+        return False
+
+    def schedule(self) -> set[int]:
+        """The steps that are evaluated."""
+        count = EVALUATIONS if self.arguments.eval is not None else -1
+        return {max(1, round(n * self.steps / EVALUATIONS)) for n in range(count + 1)}
 
     def enter(self, config: Training) -> None:
         """A stage begins: a copy of its encoder, and pictures at its size."""
@@ -88,7 +96,7 @@ class Watch:
         self.encoder.to(self.ranks.device)
         self._pictures = health.choose(self.source, self.encoder.preprocess, self._count)
         self._distinct = 0 if self._pictures is None else health.distinct(self._pictures)
-        if self._evaluations:
+        if self._evaluations and self.arguments.eval is not None:
             self._live = self.labelled(self.encoder.preprocess)
 
     def labelled(self, preprocess: Preprocess) -> Live:
@@ -127,7 +135,11 @@ class Watch:
             found |= {"pictures": len(self._pictures), "distinct": self._distinct}
         if step not in self._evaluations:
             return {"health": found}
-        return {"health": found, "eval": self._live.measure(self.encoder)}
+        return {"health": found, "eval": self.evaluated(self.encoder)}
+
+    def evaluated(self, encoder: Encoder) -> dict[str, Any]:
+        """The `eval` of a line."""
+        return self._live.measure(encoder)
 
     def examine(self, encoder: Encoder) -> dict[str, Any] | None:
         """The result of `evaluate` on the labelled data, which reads test; None where there are none."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from saccade import hints
 from saccade.errors import SaccadeError
 from saccade.evaluate.labelled import Labelled
 from saccade.evaluate.splits import set_apart
@@ -67,3 +68,19 @@ def judge(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[s
     )
     return {"passed": passed, "measure": "knn", "difference": mean, "bound": bound, "chance": chance,
             "pictures": len(names), "groups": groups, "reason": reason}  # fmt: skip
+
+
+def unverified(before: dict[str, Any], after: dict[str, Any], verdict: str) -> dict[str, Any]:
+    """The gate without labels: whether features are lost; that they are better, nobody knows.
+
+    `before` and `after` are hints, as `hints.measure` gives them; `verdict` is the health of the run. A higher rank
+    counts for nothing.
+    """
+    wrong = hints.astray(before, after)
+    if wrong is None and verdict in ("diverged", "constant_features", "low_rank"):
+        wrong = f"the run's health is {verdict}"
+    reason = (
+        "unverified: without --eval nothing can say whether it is better; neither collapse nor drift was seen, and "
+        "rank says little, for losses that spread features (KoLeo) raise it"
+    )
+    return {"passed": None if wrong is None else False, "measure": None, "bound": None, "reason": wrong or reason}

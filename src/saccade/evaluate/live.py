@@ -60,6 +60,13 @@ class Live:
         self._data, self._preprocess = data, preprocess
         self._pictures: list[Shaped[Tensor, "b c s s"]] = []
         self._read: list[int] = []
+        self.examined = 0
+        """How many pictures the last measurement examined."""
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return len(self._data.classes)
 
     def _decode(self) -> None:
         for found in read_pictures(self._data.source, [self._preprocess], rows=self._rows, batch=64, words="reading"):
@@ -91,6 +98,7 @@ class Live:
         apart = np.array([row in self._held for row in self._read])
         if apart.all() or not apart.any() or len(labels[torch.from_numpy(~apart)].unique()) < 2:
             raise SaccadeError("too few labelled pictures could be read", path="--eval", code=1)
+        self.examined = int(apart.sum())
         with examining(encoder) as look:
             tokens: Tokens = "cls" if encoder.backbone.config.pooling == "cls" else "patches"
             vectors = torch.cat([encoder.embedding(look(part, tokens=tokens)).float() for part in self._pictures])
