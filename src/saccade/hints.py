@@ -61,7 +61,7 @@ def measure(
     if not torch.isfinite(found).all():
         return dict.fromkeys(names)
     again = vectors(encoder, second_view(pictures))
-    values = {"rank": effective_rank(found), "spread": spread(found)}
+    values: dict[str, Any] = {"rank": effective_rank(found), "spread": spread(found)}
     values["agreement"] = shared(found, again) if len(found) > 2 else None
     if start is not None:
         values["drift"] = 1 - F.cosine_similarity(found, start).mean().item()

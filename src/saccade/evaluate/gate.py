@@ -58,7 +58,7 @@ def judge(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[s
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
         swapped = random.integers(2, size=shape) * 2 - 1
         as_high += int(((swapped * sums).sum(1) >= sums.sum()).sum())
-    bound = 100 * float(np.quantile(np.concatenate(means), LEVEL))
+    bound, upper = (100 * float(np.quantile(np.concatenate(means), part)) for part in (LEVEL, 1 - LEVEL))
     chance = (1 + as_high) / (1 + DRAWS)
     mean = 100 * float(sums.sum() / counts.sum())
     passed = bound > 0 and chance <= LEVEL
@@ -66,7 +66,7 @@ def judge(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[s
         f"{'better' if passed else 'not shown to be better'} on {len(names)} pictures of {groups} groups that chose "
         f"nothing: {mean:+.2f} points, with 95 % confidence {bound:+.2f} or more; by chance as much {chance:.1%}"
     )
-    return {"passed": passed, "measure": "knn", "difference": mean, "bound": bound, "chance": chance,
+    return {"passed": passed, "measure": "knn", "difference": mean, "bound": bound, "upper": upper, "chance": chance,
             "pictures": len(names), "groups": groups, "reason": reason}  # fmt: skip
 
 
