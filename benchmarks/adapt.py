@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import saccade
-from saccade.adapt import SMALL, natural
+from saccade.adapt import natural, short
 from saccade.draws import hash64
 from saccade.evaluate.live import Live
 from saccade.recipe import configure
@@ -67,17 +67,19 @@ def tested(backbone: Any, pack: Path, groups: str | None, image_size: int) -> di
 def cell(weights: str, pack: Path, groups: str | None, way: str, seed: int, asked: Any, run: Path) -> dict[str, Any]:
     """One run and what became of it."""
     recipe = asked.recipe or natural(weights)
-    fields = configure(recipe, {})[0].config.model_fields
+    config = configure(recipe, {})[0].config
     settings: dict[str, Any] = {
-        "steps": asked.steps, "batch": asked.batch, "image_size": asked.image_size, "seed": seed, "workers": 0,
-        "local_crops": 2, "local_size": asked.local_size, "koleo_group": min(16, asked.batch),
-    }  # fmt: skip
-    settings = {name: value for name, value in settings.items() if name in fields or name == "workers"}
+        "steps": asked.steps,
+        "batch": asked.batch,
+        "image_size": asked.image_size,
+        "seed": seed,
+    }
+    start = saccade.load(weights)
+    settings = {**short(config, settings, start.backbone.stride), **settings, "workers": 0}
+    settings |= {"local_crops": asked.local_crops} if "local_crops" in settings else {}
     began, data = time.process_time(), str(pack / "train")
     if way == "naive":
-        arch = {"arch": saccade.load(weights).record["arch"]}
-        heads = {name: value for name, value in SMALL.items() if name in fields and name not in settings}
-        done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, **{**heads, **arch, **settings})
+        done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, arch=start.record["arch"], **settings)
         found = {"scores": tested(run, pack, groups, asked.image_size), "handed_over": "candidate"}
     else:
         more = {"eval": data, "group_by": groups, "looks": asked.looks, **WAYS[way]}
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--recipe")
-    for name, default in (("steps", 60), ("batch", 16), ("image-size", 56), ("local-size", 28), ("train", 1200),
+    for name, default in (("steps", 60), ("batch", 16), ("image-size", 56), ("local-crops", 2), ("train", 1200),
                           ("test", 400), ("looks", 6)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()

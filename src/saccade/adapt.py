@@ -7,8 +7,9 @@ labelled pictures meets the start on others: it is handed over where it is bette
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ STEPS, BATCH, LAYER_DECAY, RATE = 1000, 64, 0.75, 1e-3
 """What is not asked for: a length; at most so large a batch and a layer decay; the heads' learning rate."""
 SMALL = {
     "prototypes": 1024, "hidden": 512, "head_norm": True, "first_temperature": 0.02, "teacher_temperature": 0.02,
-    "momentum": 0.99, "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
+    "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
 }  # fmt: skip
-"""What short runs on few pictures want of a method that has these settings: heads that get warm, a quick teacher."""
+"""What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher."""
 PATIENCE, FALLS = 5, 3
 """Evaluations without a better one, and roll-backs, after which a run ends."""
 _GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "roll_back", "looks")
@@ -98,6 +99,18 @@ def _start(arguments: AdaptArguments) -> Encoder:
     return encoder
 
 
+def short(config: type[Training], settings: Mapping[str, Any], patch: int) -> dict[str, Any]:
+    """What a short run wants of a method with this config: `SMALL`, and what follows from length, batch and sides.
+
+    A teacher forgets its start in a tenth of the run; small crops are whole patches; KoLeo's groups divide the batch.
+    """
+    steps, batch = settings.get("steps") or STEPS, settings["batch"] // settings.get("accumulate", 1)
+    momentum = min(0.996, max(0.9, 1 - 10 / steps))
+    side = max(2, round(0.43 * settings["image_size"] / patch)) * patch
+    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": math.gcd(16, batch)}
+    return {name: value for name, value in found.items() if name in config.model_fields}
+
+
 def _gently(name: str, encoder: Encoder, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, and what follows from the start and from being gentle where they say nothing."""
     arch, side = encoder.record.get("arch"), settings.get("image_size", encoder.preprocess.crop)
@@ -109,9 +122,7 @@ def _gently(name: str, encoder: Encoder, settings: dict[str, Any]) -> dict[str, 
     if not any(settings.get(length) is not None for length in LENGTHS):
         found |= {"steps": STEPS}
     if ":" not in name:
-        patch = encoder.backbone.stride
-        small = {**SMALL, "local_size": max(2, round(0.43 * side / patch)) * patch}
-        found |= {setting: value for setting, value in small.items() if setting in type(usual).model_fields}
+        found |= short(type(usual), found | settings, encoder.backbone.stride)
     made = recipe.configure(name, found | settings, also=AdaptArguments.model_fields)[1]
     rate = {"lr": made.lr * RATE / made.peak()}  # whatever the rule by which it grows with the batch
     return found | rate | settings
@@ -297,12 +308,21 @@ class Adapting(Pretraining):
         }
         self.progress.say(f"advice, by rules of thumb: {instead[advice['first_try']]}; {advice['why']}")
 
+    def _load(self, steps: int, save: bool = True) -> None:
+        super()._load(steps, save)
+        if not save:  # what is timed for --minutes moves, as most steps do
+            self._method.move()
+
+    @property
+    def _method(self) -> Anchored:
+        assert isinstance(self.model.method, Anchored)
+        return self.model.method
+
     def _foretell(self) -> None:
         """Times three steps of a model that is thrown away, and says how long it will take and what it needs."""
         kept, times = self.model, list[float]()
         self.model = Model(self.page, kept.config, self.arguments, self.ranks)
-        assert isinstance(self.model.method, Anchored)
-        self.model.method.move()
+        self._method.move()
         batches = self._batches(self._deliveries(self.step, self.step + 3))
         for _ in range(3):
             began = time.monotonic()
@@ -334,8 +354,7 @@ class Adapting(Pretraining):
 
     def _return_to(self, directory: Path) -> None:
         """The weights and moments of a checkpoint; of one of an earlier stage those that are still there."""
-        method = self.model.method
-        assert isinstance(method, Anchored)
+        method = self._method
         stored: dict[str, Any] = dict(distributed.metadata(directory).state_dict_metadata)
         course = method.course.clone()
         ours = {
