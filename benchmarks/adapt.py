@@ -25,6 +25,7 @@ import numpy as np
 
 import saccade
 from saccade.adapt import natural, short
+from saccade.anchor import architecture
 from saccade.draws import hash64
 from saccade.evaluate.live import Live
 from saccade.recipe import configure
@@ -79,7 +80,7 @@ def cell(weights: str, pack: Path, groups: str | None, way: str, seed: int, aske
     settings |= {"local_crops": asked.local_crops} if "local_crops" in settings else {}
     began, data = time.process_time(), str(pack / "train")
     if way == "naive":
-        done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, arch=start.record["arch"], **settings)
+        done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, arch=architecture(start), **settings)
         found = {"scores": tested(run, pack, groups, asked.image_size), "handed_over": "candidate"}
     else:
         more = {"eval": data, "group_by": groups, "looks": asked.looks, **WAYS[way]}

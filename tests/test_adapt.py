@@ -17,10 +17,12 @@ from toys import small
 from toys.sources import Pictures
 
 from saccade import adapt, advice, cli, distributed, hints, load, optim, pretrain, published, recipe, vit
+from saccade import backbone as backbones
 from saccade.adapt import Watching, natural
-from saccade.anchor import BRAKE, Anchored, anchored
+from saccade.anchor import BRAKE, Anchored, anchored, architecture
 from saccade.distributed import Ranks
 from saccade.draws import Draws
+from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import gate
 from saccade.evaluate.labelled import read_labelled
@@ -458,6 +460,27 @@ def test_the_recipe_follows_from_how_the_backbone_was_made(starts: dict[str, Pat
     with pytest.raises(SaccadeError, match="no recipe here goes on with timm-vit") as mistake:
         natural(encoder)
     assert mistake.value.path == "--recipe"
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"),
+    [
+        ("vit-ti/8-registers", {"registers": 2}),
+        ("vit-ti/8-336", {"width": 96, "heads": 2, "hidden": 128, "depth": 2}),
+        ("resnet-50-w2/8", {"widths": (32, 32, 32, 32), "blocks": (1, 1, 1, 1)}),
+    ],
+)
+def test_published_networks_are_built_again_whatever_they_are_called(name: str, switches: dict[str, Any]) -> None:
+    """Registers, other sides, and other numbers than those that go by the name here."""
+    plain = name.replace("-w2", "").replace("-registers", "").replace("-336", "")
+    encoder = Encoder(backbones.build(plain, image_size=32, **switches), {"arch": name, "family": "x"})
+    assert architecture(encoder) == plain
+    page = anchored(recipe.find("dino"), AdaptArguments(data=("x",), start="x", out="x"), encoder)
+    again = backbones.build(plain, image_size=32, **page.switches)
+    again.load_state_dict(encoder.backbone.state_dict())
+    assert {n: t.shape for n, t in again.state_dict().items()} == {
+        n: t.shape for n, t in encoder.backbone.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(

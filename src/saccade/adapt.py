@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saccade import backbone, distributed, health, hints, published, recipe, weights
 from saccade.advice import advise
-from saccade.anchor import Anchored, anchored
+from saccade.anchor import Anchored, anchored, architecture
 from saccade.data import Source
 from saccade.distributed import Ranks
 from saccade.encoder import Encoder, Preprocess
@@ -113,7 +113,7 @@ def short(config: type[Training], settings: Mapping[str, Any], patch: int) -> di
 
 def _gently(name: str, encoder: Encoder, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, and what follows from the start and from being gentle where they say nothing."""
-    arch, side = encoder.record.get("arch"), settings.get("image_size", encoder.preprocess.crop)
+    arch, side = architecture(encoder), settings.get("image_size", encoder.preprocess.crop)
     if arch is None and "arch" not in settings:
         raise SaccadeError("the backbone's size has no name", path="--arch", hint="say it, e.g. --arch vit-s/16")
     usual = recipe.configure(name, {})[1]

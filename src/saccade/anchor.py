@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,9 +36,21 @@ BRAKE = 0.5
 """What is left of the backbone's learning rate after a roll-back."""
 
 
+_SHAPE = ("width", "depth", "hidden", "kind", "blocks", "widths")
+"""What the name of an architecture says otherwise; published ones may differ from those that go by the name here."""
+
+
+def architecture(encoder: Encoder) -> str | None:
+    """The name of the architecture that a network like the encoder's is built by: vit-s/14 of vit-s/14-registers."""
+    name = encoder.record.get("arch")
+    return None if name is None else re.sub(r"(/\d+)-.*", r"\1", re.sub(r"-w\d+/", "/", name))
+
+
 def anchored(page: Recipe, asked: AdaptArguments, encoder: Encoder) -> Recipe:
     """The recipe with a backbone like the encoder's, and held to it. The recipe does not know."""
-    switches = initial.switches(encoder)
+    settings = encoder.backbone.config
+    shape = {name: getattr(settings, name) for name in _SHAPE if name in type(settings).model_fields}
+    switches = initial.switches(encoder) | shape
     if isinstance(encoder.backbone.config, ViTConfig):
         switches |= {"pooling": encoder.backbone.config.pooling}
 
