@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from saccade.evaluate import gate
 from saccade.evaluate.labelled import read_labelled
 from saccade.evaluate.live import Live
 from saccade.model import Model
+from saccade.report.charts import interval
 from saccade.settings import AdaptArguments, PretrainArguments
 
 CASES = ["mae", "dino", "simclr-on-a-convnet"]
@@ -138,6 +140,14 @@ def test_few_pictures_that_differ_are_few(better: int, passes: bool) -> None:
     found = gate.judge(before, after, [str(number) for number in range(200)])
     assert found["passed"] is passes
     assert found["chance"] == pytest.approx(0.5**better, abs=0.03)
+
+
+def test_the_interval_is_drawn_with_zero() -> None:
+    drawn = interval("gain", 0.5, 2.0, 3.5, unit="points")
+    tree = ElementTree.fromstring(drawn.svg)
+    dot = next(part for part in tree.iter("circle"))
+    zero = next(part for part in tree.iter("line") if part.get("class") == "level")
+    assert float(str(dot.get("cx"))) > float(str(zero.get("x1"))) and drawn.note == "2, from 0.500 to 3.50"
 
 
 def test_worse_never_passes() -> None:
@@ -340,6 +350,9 @@ def test_a_fall_is_taken_back_and_slows_the_run(whole: Path) -> None:
     assert [lines[step]["rate"] for step in (5, 6)] == [1.0, BRAKE]
     record = json.loads((whole / "record.json").read_text())
     assert record["rolled_back"] == record["summary"]["rolled_back"] == [5] and record["best"]["step"] == 4
+    page = (whole / "report.html").read_text()
+    assert "rolled back at step 5" in page and "The way and the gate" in page and "could not be shown" not in page
+    assert "nearest by the start" in page and "nearest by the candidate" in page
     before, after = state(whole, 4), state(whole, 5)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"method/course"}
     assert after["method/course"][1] == BRAKE
