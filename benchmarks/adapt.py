@@ -118,7 +118,9 @@ def study(asked: Any) -> None:
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds."""
+    """Mean and 95 % interval over seeds; nothing where there were too few labels."""
+    if not values:
+        return ""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:+.2f}"
@@ -144,13 +146,15 @@ def table(out: Path) -> None:
     print("| pack | way | seeds | k-NN | linear | 10 a class | handed over | k-NN of that, worst seed (its interval) |")
     print("|---|---|---|---|---|---|---|---|")
     for pack, start in starts.items():
-        print(f"| {pack} | start | | {' | '.join(f'{start[name]:.1f}' for name in MEASURES)} | | |")
+        print(f"| {pack} | start | | {' | '.join(f'{start[name] or math.nan:.1f}' for name in MEASURES)} | | |")
         for way in WAYS:
             mine = [found for found in cells if (found["pack"], found["way"]) == (pack, way)]
             if not mine:
                 continue
             scores = [found["scores"] or start for found in mine]
-            gains = [interval([one[name] - start[name] for one in scores]) for name in MEASURES]
+            gains = [
+                interval([one[name] - start[name] for one in scores if one[name] is not None]) for name in MEASURES
+            ]
             given = [one if found["handed_over"] == "candidate" else start
                      for found, one in zip(mine, scores, strict=True)]  # fmt: skip
             worst = min(paired(start, one) for one in given)

@@ -236,6 +236,8 @@ def test_the_anchor_holds(starts: dict[str, Path]) -> None:
     page = anchored(config[0], asked, load(starts["mae"]))
     arguments = PretrainArguments(data=("x",), out="x", recipe="mae", init=str(starts["mae"]))
     method = Model(page, config[1], arguments, Ranks(0, 1, torch.device("cpu"))).method
+    assert isinstance(method, Anchored)
+    method.move()
     (trained,) = method._trained
     with torch.no_grad():
         for parameter in trained.blocks.parameters():
