@@ -50,6 +50,9 @@ LAYERS = {
             "provenance",
             "encoder",
             "tensors",
+            "hints",
+            "anchor",
+            "advice",
             "torchscript",
             "hub",
             "published",
@@ -244,6 +247,7 @@ def test_public_names() -> None:
         "Run",
         "SaccadeError",
         "__version__",
+        "adapt",
         "embed",
         "evaluate",
         "export",
@@ -253,7 +257,7 @@ def test_public_names() -> None:
     assert set(saccade.__all__) <= set(dir(saccade))
     for name in saccade.__all__:
         assert not isinstance(getattr(saccade, name), ModuleType), f"saccade.{name} must not be its page"
-    for verb in ("embed", "evaluate"):  # whoever imports the page of a verb, the name stays the verb
+    for verb in ("adapt", "embed", "evaluate"):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
         assert not isinstance(vars(saccade).get(verb), ModuleType), verb
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
@@ -261,7 +265,7 @@ def test_public_names() -> None:
 
 
 def test_verbs_of_the_interface() -> None:
-    assert set(cli.VERBS) | set(cli.LATER) == {
+    assert set(cli.VERBS) == {
         "tour",
         "pretrain",
         "adapt",

@@ -69,12 +69,16 @@ def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     Embeddings and stems are layer 0, the i-th block is layer i (downsampling belongs to the block after it), what
     follows is layer L + 1; the factor is decay ** (L + 1 - layer).
     """
-    names = list(names)
+    layers, last = layers_of(names)
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def layers_of(names: Iterable[str]) -> tuple[dict[str, int], int]:
+    """The layer of each of an encoder's parameters, as above, and the number of the last one."""
     blocks = {name: _block(name) for name in names}
     places = {block: n for n, block in enumerate(sorted({block for block in blocks.values() if block}), 1)}
     last = len(places) + 1
-    layers = {name: places.get(block, 0 if name.startswith(_FIRST) else last) for name, block in blocks.items()}
-    return {name: decay ** (last - layer) for name, layer in layers.items()}
+    return {name: places.get(block, 0 if name.startswith(_FIRST) else last) for name, block in blocks.items()}, last
 
 
 _FIRST = (

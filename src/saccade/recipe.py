@@ -174,7 +174,7 @@ class Recipe:
     name: str
     config: type[Training]
     views: Callable[..., Batch]
-    method: type[Method]
+    method: Callable[..., Method]
     stages: Callable[[Any], list[tuple[float, Any]]]
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)

@@ -178,11 +178,10 @@ LENGTHS = ("steps", "epochs", "minutes")
 BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published name (name@revision pins it)"
 
 
-class PretrainArguments(Settings):
-    """Learn a representation from unlabelled pictures."""
+class RunArguments(Settings):
+    """What every run can be told, whichever recipe it follows."""
 
     data: WordList = Field(min_length=1, description="folders, list files or tar shards; several are mixed")
-    recipe: str = Field(description="the method, and its variant if wanted: NAME or NAME:VARIANT")
     out: str = Field(description="run directory; the same command on it goes on where it stopped")
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
@@ -191,7 +190,6 @@ class PretrainArguments(Settings):
         None, description="labelled folder: ten times a part held out of its train side, and its test side at the end"
     )
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    init: str | None = Field(None, description=f"backbone to start from: {BACKBONE}")
     workers: int | None = Field(
         None, ge=0, description="processes that read and decode; chosen from the cores if not given"
     )
@@ -211,6 +209,39 @@ class PretrainArguments(Settings):
         description="between checkpoints: minutes (10m) or steps (500)",
     )
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+
+
+class PretrainArguments(RunArguments):
+    """Learn a representation from unlabelled pictures."""
+
+    recipe: str = Field(description="the method, and its variant if wanted: NAME or NAME:VARIANT")
+    init: str | None = Field(None, description=f"backbone to start from: {BACKBONE}")
+
+
+class AdaptArguments(RunArguments):
+    """Go on from a backbone on your own pictures, and keep the result only where a test says that it is better."""
+
+    start: str = Field(description=f"backbone to go on from: {BACKBONE}")
+    recipe: str | None = Field(
+        None, description="the method; the one nearest to how the backbone was made if not given"
+    )
+    eval: str | None = Field(
+        None, description="labelled folder; of its train side a part chooses the checkpoint and another one judges it"
+    )
+    warm: float = Field(
+        0.3, ge=0, lt=1, description="part of the steps, at most, in which fresh heads learn on a still backbone"
+    )
+    backbone_rate: float = Field(0.05, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
+    anchor_patches: float = Field(
+        1.0, ge=0, description="weight of the distance from the start in how alike the patches of a picture are"
+    )
+    anchor_token: float = Field(1.0, ge=0, description="weight of the distance from the start in the pooled vector")
+    freeze_blocks: int = Field(0, ge=0, description="blocks, and all before them, that never move")
+    looks: int = Field(15, ge=1, description="how often it is evaluated on the way")
+    roll_back: bool = Field(
+        True,
+        description="when the score falls, go back to the best checkpoint at half the rate; end when none gets better",
+    )
 
 
 _SIZE = "side in pixels; the family's own if not given"
@@ -304,9 +335,13 @@ class TourArguments(Settings):
 S = TypeVar("S", bound=Settings)
 
 
+_SPELLED = {"start": "from"}
+"""What is a word of Python's own, and so has another name there."""
+
+
 def flag(name: str) -> str:
     """A setting as it is spelled on the command line."""
-    return "--" + name.replace("_", "-")
+    return "--" + _SPELLED.get(name, name).replace("_", "-")
 
 
 def words(model: type[Settings]) -> list[str]:
@@ -361,4 +396,7 @@ def from_file(path: str | Path) -> dict[str, Any]:
         raise SaccadeError(f"this is not YAML: {reason}", path=path, hint="one `setting: value` a line") from None
     if not isinstance(content, dict):
         raise SaccadeError("a settings file holds names and values", path=path, hint="one `setting: value` a line")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+    own = {spelled: name for name, spelled in _SPELLED.items()}
+    return {
+        own.get(name, name): value for name, value in ((str(key).replace("-", "_"), content[key]) for key in content)
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,7 @@ ON_DEVICE = ("pixels", "text")
 
 
 def pretrain(
-    data: str | Path | Source | Sequence[str | Path | Source],
-    *,
-    recipe: str,
-    out: str | Path,
-    **settings: Any,
+    data: str | Path | Source | Sequence[str | Path | Source], *, recipe: str, out: str | Path, **settings: Any
 ) -> Run:
     """Learns a representation from unlabelled data, or goes on with the run that was begun in `out`.
 
@@ -59,6 +55,8 @@ def pretrain(
 class Pretraining:
     """One run: data, stages, the loop over steps, checkpoints, and what is written down at the end."""
 
+    watching: Callable[..., Watch] = Watch
+
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks):
         self.page, self.config, self.arguments, self.ranks = page, config, arguments, ranks
         self.progress = Progress(config.batch, speak=ranks.first)
@@ -74,7 +72,7 @@ class Pretraining:
         if "revision" in began:  # a published name may mean another commit by now
             self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
-        self.watch = Watch(arguments, self.source, self.run, ranks)
+        self.watch = self.watching(arguments, self.source, self.run, ranks)
         self.stage = -1
         self.delivered: Tensor | None = None
         self.model: Model
@@ -98,12 +96,10 @@ class Pretraining:
         self.run.note(data=now, sessions=sessions)
 
     def _count_steps(self) -> int:
-        if self.config.steps is not None:
-            return self.config.steps
-        if self.config.epochs is None:
-            hint = "give --steps, --epochs or --minutes"
-            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint=hint))
-        return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
+        steps, epochs = self.config.steps, self.config.epochs
+        if steps is None and epochs is None:
+            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint="or --epochs, or --minutes"))
+        return steps or max(1, round((epochs or 0) * len(self.source) / self.config.batch))
 
     def _measure_steps(self) -> int:
         """Times some steps of every stage, each weighing its share; the record remembers, so a run has one length."""
@@ -206,16 +202,16 @@ class Pretraining:
         self.progress.begin(self.step, self._before)
         self._saved = time.monotonic()
         for stage, (end, _) in enumerate(self.stages):
-            if self.step >= end:
+            if self.step >= end or self.watch.ended:
                 continue
             self._enter(stage)
             batches = self._batches(self._deliveries(self.step, end), note=True)
-            while self.step < end:
+            while self.step < end and not self.watch.ended:
                 metrics = self.model.step(batches, self.step / self.steps)
                 self.step += 1
                 better = self._log(metrics)
                 stop, due = divmod(self.ranks.highest(2 * requests["stop"] + self._due()), 2)
-                if stop or due or better or self.step == self.steps:
+                if self._turn() or stop or due or better or self.step == self.steps:
                     self._values(metrics)  # never save a model that is no longer finite
                     self._save()
                 if better:
@@ -224,6 +220,10 @@ class Pretraining:
                     raise self.ranks.shared(
                         SaccadeError(f"stopped on request at step {self.step} of {self.steps}, and saved",
                                      hint="the same command goes on", code=75))  # fmt: skip
+
+    def _turn(self) -> bool:
+        """After what was seen of a step: whether it was answered by going another way, which is then saved."""
+        return False
 
     def _due(self) -> bool:
         every = self.arguments.save_every
@@ -234,12 +234,8 @@ class Pretraining:
     def _save(self) -> None:
         facts = {"scaler": self.model.scaler.state_dict(), "fingerprint": self.run.record["data"]["fingerprint"]}
         self.run.save(
-            self.step,
-            facts,
-            lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
-            self.ranks,
-            best=self.watch.best["step"] if self.watch.best else None,
-        )
+            self.step, facts, lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
+            self.ranks, best=self.watch.best["step"] if self.watch.best else None)  # fmt: skip
         self._saved = time.monotonic()
 
     def _values(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -262,7 +258,7 @@ class Pretraining:
             self.run.log(entry)
             self.progress.tell(entry, self.steps)
             self.watch.judge(entry)
-        return self.watch.improves({"step": self.step, **seen})
+        return self.watch.improves({"step": self.step, **values, **seen})
 
     def finish(self) -> Run:
         """Writes the backbone, what came out, and the report; every rank gets the finished run."""
@@ -275,12 +271,16 @@ class Pretraining:
         scores = None
         if not self.run.summary:
             if encoder is not None:
-                self.watch.save(tensors)
-                scores = self.watch.examine(encoder)
+                scores = self._hand_over(encoder, tensors)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
             shown = report.shown_by(self.model.page, self.model.config, self.source, tensors)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
+
+    def _hand_over(self, encoder: Encoder, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Writes what comes out; the scores on labelled pictures, if there are any."""
+        self.watch.save(tensors)
+        return self.watch.examine(encoder)
 
     def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
         logged = self.run.metrics()
@@ -288,12 +288,12 @@ class Pretraining:
         evaluations = [{"step": entry["step"], **entry["eval"], "part": "held out of train"}
                        for entry in logged if "eval" in entry]  # fmt: skip
         if scores is not None:
-            evaluations.append({"step": self.steps, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
+            evaluations.append({"step": self.step, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
         return {
-            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
+            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.step,
             "seconds": last["seconds"], "images_per_second": last["images_per_second"],
             "data_wait": waited(logged), "loss": sum(tail) / len(tail), "eval": evaluations, "best": self.watch.best,
-            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.step)),
             "report": str(self.run.path / report.REPORT),
             "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
             "memory_gb": last["memory_gb"],

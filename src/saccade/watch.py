@@ -19,7 +19,7 @@ from saccade import distributed, health, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
-from saccade.encoder import Encoder
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.evaluate.live import Live
@@ -31,8 +31,6 @@ from saccade.settings import PretrainArguments
 EVALUATIONS = 10
 """How often a run is evaluated on labelled pictures, the last time at its end; before that once, when the rate of its
 first step was 0: the untrained network, without which the others say little."""
-MEASURE = "linear"
-"""The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
 
 class Watch:
@@ -41,6 +39,9 @@ class Watch:
     A look sees a hundredth of the pictures that are trained on until the next one. All ranks look together, because a
     sharded encoder is gathered; the first one measures.
     """
+
+    measure = "linear"
+    """The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
     def __init__(self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks):
         self.arguments, self.source, self.run, self.ranks = arguments, source, run, ranks
@@ -54,14 +55,22 @@ class Watch:
         self._count = min(256, max(64, config.batch // 2))
         self._every = max(50, -(-75 * self._count // config.batch))
         self._rows = min(10_000, max(1_000, steps * config.batch // 100))
-        self._evaluations = set[int]()
-        if self.arguments.eval is not None:
-            self._evaluations = {max(1, round(n * steps / EVALUATIONS)) for n in range(EVALUATIONS + 1)}
+        self._evaluations = self.schedule()
         warmup = round(config.warmup * steps)
         self._special = {1, warmup, steps}  # the untrained network, the highest rate, the end
         self.monitor = health.Monitor(model.method.chance(), warmup, len(self.source))
         self.enter(config)
         self.best = self.ranks.from_first(self._recall)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run ends before its last step."""
+        return False
+
+    def schedule(self) -> set[int]:
+        """The steps that are evaluated."""
+        count = EVALUATIONS if self.arguments.eval is not None else -1
+        return {max(1, round(n * self.steps / EVALUATIONS)) for n in range(count + 1)}
 
     def enter(self, config: Training) -> None:
         """A stage begins: a copy of its encoder, and pictures at its size."""
@@ -86,9 +95,13 @@ class Watch:
         self.encoder.to(self.ranks.device)
         self._pictures = health.choose(self.source, self.encoder.preprocess, self._count)
         self._distinct = 0 if self._pictures is None else health.distinct(self._pictures)
-        if self._evaluations:
-            assert self.arguments.eval is not None
-            self._live = Live(self.arguments.eval, self.arguments.group_by, self.encoder.preprocess, self._rows)
+        if self._evaluations and self.arguments.eval is not None:
+            self._live = self.labelled(self.encoder.preprocess)
+
+    def labelled(self, preprocess: Preprocess) -> Live:
+        """The labelled pictures to look at."""
+        assert self.arguments.eval is not None
+        return Live(self.arguments.eval, self.arguments.group_by, preprocess, self._rows)
 
     def due(self, step: int) -> bool:
         """Whether this step is looked at."""
@@ -121,7 +134,11 @@ class Watch:
             found |= {"pictures": len(self._pictures), "distinct": self._distinct}
         if step not in self._evaluations:
             return {"health": found}
-        return {"health": found, "eval": self._live.measure(self.encoder)}
+        return {"health": found, "eval": self.evaluated(self.encoder)}
+
+    def evaluated(self, encoder: Encoder) -> dict[str, Any]:
+        """The `eval` of a line."""
+        return self._live.measure(encoder)
 
     def examine(self, encoder: Encoder) -> dict[str, Any] | None:
         """The result of `evaluate` on the labelled data, which reads test; None where there are none."""
@@ -150,10 +167,10 @@ class Watch:
 
     def improves(self, entry: dict[str, Any]) -> bool:
         """Whether this line holds the best evaluation so far; then `best` says so."""
-        value = entry.get("eval", {}).get(MEASURE)
+        value = entry.get("eval", {}).get(self.measure)
         if value is None or (self.best is not None and value <= self.best["value"]):
             return False
-        self.best = {"step": entry["step"], "measure": f"{MEASURE}, on a part held out of train", "value": value}
+        self.best = {"step": entry["step"], "measure": f"{self.measure}, on a part held out of train", "value": value}
         return True
 
     def keep(self) -> None:

@@ -230,4 +230,5 @@ FAMILY = Family(
     preprocess=Prepared(interpolation="bilinear", square=True),
     read=_read,
     signs=("siglip",),
+    recipe="dino",
 )
