@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from saccade import backbone, distributed, health, hints, published, recipe, weights
 from saccade.advice import advise
 from saccade.anchor import Anchored, anchored, architecture
-from saccade.data import Source
+from saccade.data import Delivery, Source
 from saccade.distributed import Ranks
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
@@ -308,10 +309,20 @@ class Adapting(Pretraining):
         }
         self.progress.say(f"advice, by rules of thumb: {instead[advice['first_try']]}; {advice['why']}")
 
-    def _load(self, steps: int, save: bool = True) -> None:
-        super()._load(steps, save)
-        if not save:  # what is timed for --minutes moves, as most steps do
-            self._method.move()
+    def _time(self, config: Training, deliveries: Iterator[Delivery], patience: float) -> float:
+        """Of steps in which the backbone moves, as in most."""
+        page = self.page
+
+        def moving(*given: Any) -> Anchored:
+            made: Anchored = page.method(*given)
+            made.move()
+            return made
+
+        self.page = replace(page, method=moving)
+        try:
+            return super()._time(config, deliveries, patience)
+        finally:
+            self.page = page
 
     @property
     def _method(self) -> Anchored:
