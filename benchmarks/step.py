@@ -2,6 +2,7 @@
 
     python benchmarks/step.py CHECKOUT [--recipe mae] [--only s16] [--rounds 7] [--device cpu] [--compile]
     python benchmarks/step.py CHECKOUT --recipe dino [--batch 8]
+    python benchmarks/step.py --recipe dinov2 [--batch 4] [--drop-path 0.3] [--threads 1]
 
 CHECKOUT is a clone of github.com/facebookresearch/mae, or of github.com/facebookresearch/dino. An environment of its
 own holds torch with the torchvision that fits, timm, lightly, for MAE transformers, and what saccade needs; saccade is
@@ -17,6 +18,10 @@ step that `saccade pretrain` takes. facebookresearch/dino: its MultiCropWrapper,
 tensor, teacher update, check that the loss is finite and AdamW, without DDP. lightly: its example, which forwards each
 view by itself and clips nothing, with the backbone that it names for ViTs (facebookresearch/dino's), the same head, and
 AdamW instead of Adam.
+
+DINOv2: the same crops and prototypes, one head for class token and patches, centring, KoLeo over the batch, and the
+same masks, made beforehand, on half of the large crops. Ours is again the step that `saccade pretrain` takes. lightly:
+its example, with timm's ViT-S/16, which computes the branches that stochastic depth then leaves out, and clips nothing.
 """
 
 from __future__ import annotations
@@ -40,10 +45,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade import distributed, optim, recipe, vit
+from saccade import distributed, masking, optim, recipe, vit
 from saccade.draws import Draws
 from saccade.model import Model
-from saccade.recipes import dino, mae
+from saccade.recipes import dino, dinov2, mae
 from saccade.settings import PretrainArguments
 
 LR, BETAS, DECAY = 1.5e-4, (0.9, 0.95), 0.05
@@ -303,6 +308,82 @@ DINO_CONTENDERS = {
 }
 
 
+def dinov2_config(batch: int, drop: float) -> dinov2.Config:
+    return dinov2.Config(arch="vit-s/16", batch=batch, drop_path=drop, prototypes=PROTOTYPES, koleo_group=batch)
+
+
+def hidden(batch: int, device: torch.device) -> Tensor:
+    """What both sides hide of the large crops [2B 196]."""
+    rows = torch.arange(batch)
+    crops = torch.empty(GLOBALS * batch, 3, 224, 224)
+    draws = Draws(0, 0, rows, rows, rows)
+    return masking.block_masks(dinov2_config(batch, 0.0), draws, crops, spread=True, fill=False).to(device)
+
+
+def dinov2_ours(crops: list[Tensor], compiled: bool, drop: float) -> Contender:
+    """Half way through training, by the step of `saccade pretrain`."""
+    batch, device = len(crops[0]), crops[0].device
+    arguments = PretrainArguments(data=("none",), recipe="dinov2", out="none", compile=compiled)
+    model = Model(recipe.find("dinov2"), dinov2_config(batch, drop), arguments, distributed.Ranks(0, 1, device))
+    model.method.train()
+    rows, steps = torch.arange(batch), iter(range(1_000_000))
+    views = {"globals": torch.cat(crops[:GLOBALS]), "locals": torch.cat(crops[GLOBALS:]), "hide": hidden(batch, device)}
+
+    def step() -> None:
+        words = Draws(0, next(steps), rows, rows, rows).step("drop").bits(len(crops)).T.flatten()
+        model.step(iter([views | {"drop": words}]), 0.5)
+
+    return model.method, step
+
+
+def dinov2_lightly(crops: list[Tensor], compiled: bool, drop: float) -> Contender:
+    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+    from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
+    from lightly.models.utils import update_drop_path_rate, update_momentum
+    from timm.models.vision_transformer import vit_small_patch16_224
+
+    batch, device = len(crops[0]), crops[0].device
+
+    def build() -> nn.ModuleDict:
+        network = vit_small_patch16_224(pos_embed="learn", dynamic_img_size=True, init_values=1e-5, num_classes=0)
+        network = MaskedVisionTransformerTIMM(network, antialias=False, pos_embed_initialization="skip")
+        head = DINOv2ProjectionHead(network.vit.embed_dim, output_dim=PROTOTYPES)
+        return nn.ModuleDict({"backbone": network, "head": head}).to(device)
+
+    student, teacher = build(), build().requires_grad_(False).eval()
+    teacher.load_state_dict(student.state_dict())
+    update_drop_path_rate(student["backbone"].vit, drop, mode="uniform")
+    cls_loss, patch_loss = DINOLoss(PROTOTYPES).to(device), IBOTPatchLoss(PROTOTYPES).to(device)
+    koleo = KoLeoLoss()
+    optimizer = torch.optim.AdamW(student.parameters(), DINO_LR, weight_decay=DINO_DECAY)
+    large, small, hide = torch.cat(crops[:GLOBALS]), torch.cat(crops[GLOBALS:]), hidden(batch, device)
+    mask = F.pad(hide, (1, 0))
+    encode = student["backbone"].encode
+    encode = torch.compile(encode) if compiled else encode
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                seen = teacher["backbone"].encode(large)
+                cls_target, patch_target = teacher["head"](seen[:, 0]), teacher["head"](seen[mask])
+            whole = encode(large, mask=mask)
+            patches = student["head"](whole[mask])
+            scores = torch.cat([student["head"](whole[:, 0]), student["head"](encode(small)[:, 0])])
+            loss = cls_loss(cls_target.chunk(GLOBALS), scores.chunk(len(crops)), teacher_temp=0.07)
+            loss = loss + patch_loss(patch_target, patches, hide.unflatten(1, (14, 14)), teacher_temp=0.07)
+            loss = loss + 0.1 * sum(koleo(crop) for crop in whole[:, 0].chunk(GLOBALS))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for part in student:
+            update_momentum(student[part], teacher[part], m=MOMENTUM)
+
+    return student, step
+
+
+DINOV2_CONTENDERS = {"saccade": dinov2_ours, "lightly": dinov2_lightly}
+
+
 def seconds(step: Step, steps: int, device: str) -> float:
     """The time of one step, over a few of them."""
     synchronise = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
@@ -326,10 +407,10 @@ def measure(title: str, ready: dict[str, Contender], batch: int, rounds: int, de
     print(f"\n{title}, batch {batch}, {rounds} rounds")
     for who, (model, _) in ready.items():
         median = statistics.median(times[who])
-        ratio = statistics.median(theirs / own for theirs, own in zip(times[who], times["saccade"], strict=True))
+        ratios = sorted(theirs / own for theirs, own in zip(times[who], times["saccade"], strict=True))
         size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        rate = batch / median
-        print(f"  {who:22s} {median * 1e3:8.1f} ms {rate:8.1f} images/s {ratio:6.2f}x  {size:.2f} M", flush=True)
+        ratio = f"{statistics.median(ratios):6.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"  {who:22s} {median * 1e3:8.1f} ms {batch / median:8.1f} images/s {ratio}  {size:.2f} M", flush=True)
 
 
 def normalised(pictures: Tensor) -> Tensor:
@@ -348,19 +429,25 @@ def measure_mae(name: str, case: Case, rounds: int, device: str, compiled: bool)
     measure(title, ready, case.batch, rounds, device)
 
 
-def measure_dino(batch: int, rounds: int, device: str, compiled: bool) -> None:
+def measure_crops(
+    title: str, makers: dict[str, Callable[..., Contender]], batch: int, rounds: int, device: str, *more: object
+) -> None:
+    """Contenders that look at large and small crops."""
     torch.manual_seed(0)
-    place = Path(tempfile.mkdtemp()) / "store"  # the reference's centre is reduced over ranks
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(place), 1), rank=0, world_size=1)
-    sides = [224] * GLOBALS + [SMALL] * LOCALS
-    crops = [torch.rand(batch, 3, side, side, device=device) for side in sides]
+    crops = [torch.rand(batch, 3, side, side, device=device) for side in [224] * GLOBALS + [SMALL] * LOCALS]
     plain = [normalised(crop) for crop in crops]
     ready = {
-        who: make([crop.clone() for crop in (crops if who == "saccade" else plain)], compiled)
-        for who, make in DINO_CONTENDERS.items()
+        who: make([crop.clone() for crop in (crops if who == "saccade" else plain)], *more)
+        for who, make in makers.items()
     }
-    title = f"DINO, vit-s/16, {GLOBALS}x224 + {LOCALS}x{SMALL}, {PROTOTYPES} prototypes"
+    title = f"{title}, vit-s/16, {GLOBALS}x224 + {LOCALS}x{SMALL}, {PROTOTYPES} prototypes"
     measure(title, ready, batch, rounds, device)
+
+
+def measure_dino(batch: int, rounds: int, device: str, compiled: bool) -> None:
+    place = Path(tempfile.mkdtemp()) / "store"  # the reference's centre is reduced over ranks
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(place), 1), rank=0, world_size=1)
+    measure_crops("DINO", DINO_CONTENDERS, batch, rounds, device, compiled)
     torch.distributed.destroy_process_group()
 
 
@@ -372,24 +459,34 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout")
-    parser.add_argument("--recipe", choices=["mae", "dino"], default="mae")
+    parser.add_argument("checkout", nargs="?")
+    parser.add_argument("--recipe", choices=["mae", "dino", "dinov2"], default="mae")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=CASES, help="one geometry of MAE")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--drop-path", type=float, default=0.3, help="DINOv2's: how often a branch is left out")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    sys.path.insert(0, arguments.checkout)
+    if arguments.checkout is None and arguments.recipe != "dinov2":
+        parser.error("give the CHECKOUT of the reference")
+    sys.path[:0] = [arguments.checkout] if arguments.checkout else []
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     print(f"{machine}, {torch.get_num_threads()} threads, Python {platform.python_version()}")
-    packages = ["torch", "lightly"] + (["timm", "transformers"] if arguments.recipe == "mae" else [])
+    packages = ["torch", "lightly", *{"mae": ["timm", "transformers"], "dinov2": ["timm"]}.get(arguments.recipe, [])]
     print(", ".join(f"{package} {metadata.version(package)}" for package in packages), flush=True)
     if arguments.recipe == "dino":
         measure_dino(arguments.batch or 8, arguments.rounds, arguments.device, arguments.compile)
+        return
+    if arguments.recipe == "dinov2":
+        drop, compiled = arguments.drop_path, arguments.compile
+        title = f"DINOv2, drop path {drop}"
+        measure_crops(
+            title, DINOV2_CONTENDERS, arguments.batch or 8, arguments.rounds, arguments.device, compiled, drop
+        )
         return
     import numpy
 

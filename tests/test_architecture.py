@@ -18,9 +18,13 @@ HOUSE = Path(saccade.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    **dict.fromkeys(["errors", "settings", "data", "sources", "draws", "decode", "augment", "masking"], 0),
+    **dict.fromkeys(
+        ["errors", "settings", "data", "sources", "draws", "decode", "augment", "masking", "distributed"], 0
+    ),
     **dict.fromkeys(
         [
+            "depth",
+            "frozen",
             "vit",
             "linear",
             "convnet",
@@ -45,9 +49,13 @@ LAYERS = {
             "weights",
             "checkpoint",
             "initial",
+            "teachers",
             "provenance",
             "encoder",
             "tensors",
+            "hints",
+            "anchor",
+            "advice",
             "torchscript",
             "hub",
             "published",
@@ -245,6 +253,7 @@ def test_public_names() -> None:
         "Run",
         "SaccadeError",
         "__version__",
+        "adapt",
         "embed",
         "evaluate",
         "export",
@@ -254,7 +263,7 @@ def test_public_names() -> None:
     assert set(saccade.__all__) <= set(dir(saccade))
     for name in saccade.__all__:
         assert not isinstance(getattr(saccade, name), ModuleType), f"saccade.{name} must not be its page"
-    for verb in ("embed", "evaluate"):  # whoever imports the page of a verb, the name stays the verb
+    for verb in ("adapt", "embed", "evaluate"):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
         assert not isinstance(vars(saccade).get(verb), ModuleType), verb
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
@@ -262,7 +271,7 @@ def test_public_names() -> None:
 
 
 def test_verbs_of_the_interface() -> None:
-    assert set(cli.VERBS) | set(cli.LATER) == {
+    assert set(cli.VERBS) == {
         "tour",
         "pretrain",
         "adapt",

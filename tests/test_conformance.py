@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from toys import RECIPES, SOURCES, small, source
+from toys import RECIPES, SOURCES, small, source, teacher
 from toys.sources import Toy
 
 import saccade.recipes
-from saccade import backbone, cli, convnet, distributed, reading, recipe, vit
+from saccade import backbone, cli, convnet, distributed, reading, recipe, teachers, vit
 from saccade.data import Batch, Sample, Source, Tokenize, collate
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
@@ -59,7 +59,8 @@ class Case:
         for block in network.modules():
             if isinstance(block, convnet.BasicBlock):  # it starts at 0, and what is before it gets no gradient yet
                 torch.nn.init.ones_(block.last_norm.weight)
-        return self.recipe.method(config, network, {})
+        taught, _ = teachers.load(config)
+        return self.recipe.method(config, network, taught)
 
     def batch(self, places: range = range(8), step: int = 3, seen: int = 0) -> Batch:
         samples = [self.source[place] for place in places]
@@ -246,6 +247,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every recipe once on two ranks with DDP and once with FSDP2, all from one start of torchrun."""
     out, ours = tmp_path_factory.mktemp("ranks"), Path(saccade.__file__).parents[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    teacher()  # once, before two ranks would make it both
     environment = {**os.environ, "PYTHONPATH": f"{ours}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     command = [*launch, "-m", "toys.ranks", str(out), *CASES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from saccade import augment, backbone, heads, model, optim, recipe, vit
+from saccade import augment, backbone, depth, heads, model, optim, recipe, vit
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
+from saccade.recipe import configure as configure_recipe
 from saccade.recipes import dino
 from saccade.settings import PretrainArguments, checked
+from saccade.tour import PICTURES
+from saccade.train import pretrain
 
 TINY = {"depth": 3, "width": 16, "heads": 2, "hidden": 24}
 
@@ -122,15 +126,15 @@ def test_many_channels_and_no_small_crops() -> None:
 
 def test_depth_is_dropped_as_often_as_asked_and_keeps_the_mean() -> None:
     rates = [0.0, 0.0, 0.25, 0.25, 0.5, 0.5]
-    factors = vit.stochastic_depth(draws(20000).step("drop").bits(1)[:, 0], rates)
+    factors = depth.stochastic_depth(draws(20000).step("drop").bits(1)[:, 0], rates)
     assert factors is not None and factors.shape == (20000, 6)
     for column, rate in zip(factors.unbind(1), rates, strict=True):
         assert share(column == 0) == pytest.approx(rate, abs=0.015)
         assert column[column > 0].unique().tolist() == pytest.approx([1 / (1 - rate)])
         assert column.mean().item() == pytest.approx(1, abs=0.03)
     assert share((factors[:, 4] == 0) & (factors[:, 5] == 0)) == pytest.approx(0.25, abs=0.015), "each by itself"
-    assert vit.stochastic_depth(torch.zeros(3, dtype=torch.long), [0.0] * 6) is None
-    assert vit.stochastic_depth(torch.zeros(3, dtype=torch.long), []) is None
+    assert depth.stochastic_depth(torch.zeros(3, dtype=torch.long), [0.0] * 6) is None
+    assert depth.stochastic_depth(torch.zeros(3, dtype=torch.long), []) is None
 
 
 @pytest.mark.parametrize("switches", [{}, {"layer_scale": 0.5}, {"cls": False, "pooling": "mean"}, {"pooling": "map"}])
@@ -197,6 +201,24 @@ def test_the_head_gives_cosines() -> None:
     torch.testing.assert_close(head(x), answers)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "samples", "wanted"),
+    [("dino", 1_281_167, 65536), ("dinov3", 100_000_000, 65536), ("ibot", 1_281_167, 8192), ("dinov2", 10_000, 1024),
+     ("dino", 1200, 256), ("ibot", 1, 256), ("dinov3:giant", 5000, 262_144)],
+)  # fmt: skip
+def test_prototypes_are_as_many_as_the_pictures_are_enough_for(recipe: str, samples: int, wanted: int) -> None:
+    assert configure_recipe(recipe, {})[1].fitted(samples).prototypes == wanted
+    assert configure_recipe(recipe, {"prototypes": 77})[1].fitted(samples).prototypes == 77
+
+
+def test_a_run_records_how_many_prototypes_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vit.SIZES, "nano", {"width": 16, "depth": 1, "heads": 1, "hidden": 16})
+    small = {"arch": "vit-nano/8", "image_size": 16, "local_crops": 0, "batch": 4, "steps": 1, "hidden": 8}
+    run = pretrain(PICTURES / "train.tar", recipe="dino", out=tmp_path / "run", workers=0, **small)
+    assert run.config["settings"]["prototypes"] == 512, "of some three thousand pictures"
+    assert run.summary["health"]["chance"]["loss"] == pytest.approx(math.log(512))
+
+
 def naive(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     terms = [
         -(teacher[u] * (student[v] / temperature).log_softmax(-1)).sum(-1).mean()
@@ -243,12 +265,28 @@ def test_concentration_knows_the_extremes() -> None:
     assert found[2] == pytest.approx({"teacher_entropy": 0, "prototype_use": 1})
 
 
+def test_concentration_of_patches_is_apart_and_of_some() -> None:
+    whole = torch.full((6, 8), 1 / 8)
+    for patches, entropy, use in (
+        (torch.full((40, 4), 1 / 4), math.log(4), 1),
+        (torch.eye(4)[[3] * 40], 0, 1 / 4),
+        (torch.eye(4)[[0, 1] * 3], 0, 1 / 2),
+        (torch.empty(0, 4), 0, 1 / 4),  # nothing is hidden
+    ):
+        found = heads.concentration(whole, patches)
+        assert found["teacher_entropy"].item() == pytest.approx(math.log(8))
+        assert found["patch_entropy"].item() == pytest.approx(entropy, abs=1e-6)
+        assert found["patch_use"].item() == pytest.approx(use)
+    many = torch.cat([torch.eye(4)[[0] * 12], torch.eye(4)[[1] * 12]])  # the first ones are not the only ones
+    assert heads.concentration(whole, many)["patch_use"].item() == pytest.approx(1 / 2)
+
+
 def test_a_student_that_tells_nothing_apart_is_at_chance() -> None:
     method = build(configure())
     with torch.no_grad():
         method.student["head"].last_layer.weight.fill_(1.0)
     loss, _ = method(seen(4, method.config), torch.tensor(0.0))
-    assert loss.item() == pytest.approx(method.chance(), rel=1e-5) == pytest.approx(math.log(32), rel=1e-5)
+    assert loss.item() == pytest.approx(method.chance()["loss"], rel=1e-5) == pytest.approx(math.log(32), rel=1e-5)
 
 
 # A step

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saccade import heads, model, optim, recipe, vit
+from saccade import depth, heads, model, optim, recipe, vit
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.recipes import dino
@@ -134,13 +134,13 @@ def no_bottleneck_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def depth_for_all_samples_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = vit.stochastic_depth
-    monkeypatch.setattr(vit, "stochastic_depth", lambda rows, rates: right(rows[:1].expand(len(rows)), rates))
+    right = depth.stochastic_depth
+    monkeypatch.setattr(depth, "stochastic_depth", lambda rows, rates: right(rows[:1].expand(len(rows)), rates))
 
 
 def depth_without_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = vit.stochastic_depth
-    monkeypatch.setattr(vit, "stochastic_depth", lambda rows, rates: right(rows, rates).sign())
+    right = depth.stochastic_depth
+    monkeypatch.setattr(depth, "stochastic_depth", lambda rows, rates: right(rows, rates).sign())
 
 
 @pytest.mark.parametrize(

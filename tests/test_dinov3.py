@@ -100,6 +100,17 @@ def test_the_weight_of_the_anchor_rises_and_small_crops_lose_half() -> None:
     assert without < base  # half of what small crops cost is gone
 
 
+def test_chance_is_the_same_in_all_stages() -> None:
+    for stage, t in (("first", 0.1), ("held", 0.5)):
+        made = method(stage)
+        for name, parameter in made.named_parameters():
+            if "last_layer" in name:
+                torch.nn.init.ones_(parameter)
+        _, metrics = made(views(stage), torch.tensor(t))
+        for name in ("cls_loss", "teacher_entropy", "patch_entropy"):
+            assert metrics[name].item() == pytest.approx(made.chance()[name], rel=1e-4), (stage, name)
+
+
 def test_the_anchor_sees_the_same_crops_finer_in_their_own_colours() -> None:
     plain = {"colour": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0}
     seen = views("held", **plain)
@@ -172,12 +183,17 @@ def test_a_run_through_all_stages(tmp_path: Path) -> None:
         )
 
 
+HEADS = ("head", "patch_head")
+
+
 def test_the_giant_builds_without_memory() -> None:
     page, giant = recipe.configure("dinov3:giant", {})
     with torch.device("meta"):
         network = backbone.build(giant.arch, image_size=giant.image_size, **giant.backbone())
         made = page.method(giant, network, {})
-    assert isinstance(network, vit.ViT) and sum(p.numel() for p in network.parameters()) == 6_716_526_592
+    assert isinstance(network, vit.ViT) and sum(p.numel() for p in network.parameters()) == 6_716_035_072
+    shapes = [(made.student[head].mlp[0].out_features, *made.student[head].last_layer.weight.shape) for head in HEADS]
+    assert shapes == [(8192, 262_144, 512), (4096, 98_304, 384)], "as released: patches have a narrower head"
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
     assert sum(p.numel() for group in made.groups(0.0) for p in group.parameters.values()) == sum(
         p.numel() for p in made.student.parameters()

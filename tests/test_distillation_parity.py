@@ -190,9 +190,9 @@ def test_a_mutated_dinov2_fails(monkeypatch, kind: str, mutate: Callable[[pytest
 def test_a_centre_that_moves_before_the_loss_fails(monkeypatch) -> None:
     right = heads.Assignment.forward
 
-    def wrong(self: heads.Assignment, head: heads.DINOHead, x: Tensor, temperature: Tensor) -> Tensor:
+    def wrong(self: heads.Assignment, head: heads.DINOHead, x: Tensor, *more: Tensor | None) -> Tensor:
         self.centre.lerp_(head.score(x).mean(0), 1 - self.momentum)
-        return right(self, head, x, temperature)
+        return right(self, head, x, *more)
 
     monkeypatch.setattr(heads.Assignment, "forward", wrong)
     assert three_steps("centre") > 10 * TOLERANCE

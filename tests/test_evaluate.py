@@ -256,4 +256,4 @@ def test_wrong_tasks(plant: Plant, backbone: Path) -> None:
     with pytest.raises(SaccadeError, match="did you mean 'linear'"):
         evaluate(backbone, plant("train", "test"), tasks=("liner",))
     with pytest.raises(SaccadeError, match="later"):
-        evaluate(backbone, "x", tasks=("segmentation",))
+        evaluate(backbone, "x", tasks=("retrieval",))

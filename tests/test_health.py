@@ -16,10 +16,12 @@ from saccade.health import Monitor
 
 K = 256
 CHANCE = math.log(K)
+TAUGHT = {"cls_loss": CHANCE, "teacher_entropy": CHANCE, "patch_entropy": CHANCE}
+PAIRED = {"loss": 4.143}
 SEEN = {"pictures": 64, "distinct": 64, "most": 64, "rank": 20.0, "spread": 0.01, "weights": 10.0}
 
 
-def verdict(lines: list[dict[str, Any]], chance: float | None = CHANCE, samples: int = 2000) -> Monitor:
+def verdict(lines: list[dict[str, Any]], chance: dict[str, float] = TAUGHT, samples: int = 2000) -> Monitor:
     """The monitor after lines at 1, 10, 20, …, with a warm-up of 20 steps."""
     monitor = Monitor(chance, 20, samples)
     for place, line in enumerate(lines):
@@ -32,20 +34,34 @@ def teacher(loss: float, entropy: float, use: float) -> dict[str, Any]:
 
 
 HEALTHY = {
-    "a loss that falls": ([{"loss": 1.3 - 0.01 * n, "health": SEEN} for n in range(25)], None),
-    "a loss that stays": ([{"loss": 0.96 + 0.02 * (n % 2), "health": SEEN} for n in range(25)], None),
-    "a teacher that sharpens": ([teacher(5.5 - 0.05 * n, 5.3 - 0.06 * n, 0.9) for n in range(25)], CHANCE),
+    "a loss that falls": ([{"loss": 1.3 - 0.01 * n, "health": SEEN} for n in range(25)], {}),
+    "a loss that stays": ([{"loss": 0.96 + 0.02 * (n % 2), "health": SEEN} for n in range(25)], {}),
+    "a teacher that sharpens": ([teacher(5.5 - 0.05 * n, 5.3 - 0.06 * n, 0.9) for n in range(25)], TAUGHT),
     # before the centre has found its place, all answers are the same few prototypes: a loss far below what follows
     "a centre that finds its place": (
-        [teacher(3.7 + 0.08 * n, 2.9 + 0.1 * n, 0.1 + 0.03 * n) for n in range(25)], CHANCE,
+        [teacher(3.7 + 0.08 * n, 2.9 + 0.1 * n, 0.1 + 0.03 * n) for n in range(25)], TAUGHT,
     ),
     "a class token that nobody reads": (
-        [{"loss": 1.0, "health": {**SEEN, "spread": 0.01 / (1 + 4 * n), "rank": 20 - n / 9}} for n in range(25)], None,
+        [{"loss": 1.0, "health": {**SEEN, "spread": 0.01 / (1 + 4 * n), "rank": 20 - n / 9}} for n in range(25)], {},
     ),
-    "a loss that falls through chance": ([{"loss": 5.2 - 0.1 * n, "gradient_norm": 8.0} for n in range(25)], 4.143),
-    "a slow start at chance": ([teacher(5.56, 5.31, 0.97) for _ in range(25)], CHANCE),
-    "one slow batch in ten": ([{"loss": 1.0, "data_wait": 0.9 if n % 10 == 5 else 0.05} for n in range(25)], None),
-    "a loss that jumps once": ([{"loss": 3.0 if n == 12 else 1.3 - 0.02 * n} for n in range(25)], None),
+    "a loss that falls through chance": ([{"loss": 5.2 - 0.1 * n, "gradient_norm": 8.0} for n in range(25)], PAIRED),
+    "a slow start at chance": ([teacher(5.56, 5.31, 0.97) for _ in range(25)], TAUGHT),
+    "one slow batch in ten": ([{"loss": 1.0, "data_wait": 0.9 if n % 10 == 5 else 0.05} for n in range(25)], {}),
+    # Gram anchoring begins at n = 12: the whole loss jumps
+    "a stage that begins": (
+        [{**teacher(7.5 if n < 12 else 14.0, 4.9, 0.7), "cls_loss": 5.4, "patch_entropy": 4.8, "patch_use": 0.5}
+         for n in range(25)], TAUGHT,
+    ),
+    # in a small batch it happens that nothing is hidden
+    "a step without hidden patches": (
+        [{**teacher(5.0, 4.9, 0.7), "patch_entropy": 4.0 * (n % 2), "patch_use": 0.3 if n % 2 else 1 / K}
+         for n in range(25)], TAUGHT,
+    ),
+    "patches that are not hidden": (
+        [{**teacher(5.0, 4.9, 0.7), "patch_entropy": 0.0, "patch_use": 1 / K} for _ in range(25)],
+        {"cls_loss": CHANCE, "teacher_entropy": CHANCE},
+    ),
+    "a loss that jumps once": ([{"loss": 3.0 if n == 12 else 1.3 - 0.02 * n} for n in range(25)], {}),
 }  # fmt: skip
 
 
@@ -63,34 +79,46 @@ def collapsed(grown: float) -> list[dict[str, Any]]:
 
 FAULTS = {
     "rate with a teacher": (
-        [{**teacher(0.01, 0.0, 1 / K), "health": {**SEEN, "weights": 30.0 if n else 10.0}} for n in range(20)], CHANCE,
+        [{**teacher(0.01, 0.0, 1 / K), "health": {**SEEN, "weights": 30.0 if n else 10.0}} for n in range(20)], TAUGHT,
         "diverged", "the same 1.0 of 256 prototypes: centring fails, and the weights have grown 3.0 times",
     ),
     "rate without a teacher": (
         [{"loss": 4.14, "gradient_norm": 0.01, "health": {**SEEN, "weights": 50.0}} if n else
          {"loss": 5.2, "gradient_norm": 8.0, "health": SEEN} for n in range(20)],
-        4.143, "diverged", r"loss has stayed at 4.1400.* weights have grown 5.0 times: the learning rate is too high",
+        PAIRED, "diverged", r"loss has stayed at 4.1400.* weights have grown 5.0 times: the learning rate is too high",
     ),
     "blind": (
-        [{"loss": 4.14, "gradient_norm": 0.01 if n else 8.0, "health": SEEN} for n in range(20)], 4.143,
+        [{"loss": 4.14, "gradient_norm": 0.01 if n else 8.0, "health": SEEN} for n in range(20)], PAIRED,
         "constant_features", "all samples are the same to it",
     ),
-    "temperature": ([teacher(CHANCE + 1e-4, CHANCE - 1e-4, 1.0) for _ in range(20)], CHANCE, "uniform_teacher",
+    "temperature": ([teacher(CHANCE + 1e-4, CHANCE - 1e-4, 1.0) for _ in range(20)], TAUGHT, "uniform_teacher",
                     r"loss has stayed at 5.54\d\d = ln 256: the teacher is uniform; lower `teacher_temperature`"),
-    "centring": ([teacher(0.5, 0.4, 1.6 / K) for _ in range(20)], CHANCE, "constant_features", "centring"),
-    "rate": (collapsed(8.0), CHANCE, "diverged", "grown 8.0 times: the learning rate is too high; lower --lr"),
-    "collapse": (collapsed(1.1), CHANCE, "constant_features", "all pictures get the same features"),
-    "above the start": (
-        [{"loss": 1.2 + 0.05 * n} for n in range(20)], None, "diverged", "loss rose to .* from 1.2 untrained: .*--lr",
+    "centring": ([teacher(0.5, 0.4, 1.6 / K) for _ in range(20)], TAUGHT, "constant_features", "centring"),
+    "temperature, and a student that is worse": (
+        [teacher(5.8, CHANCE - 1e-3, 1.0) for _ in range(20)], TAUGHT, "uniform_teacher",
+        r"answer to every picture has entropy 5.54\d\d of 5.54\d\d = ln 256: the teacher is uniform",
     ),
-    "rise": ([{"loss": 1.3 - 0.1 * min(n, 8) + 0.08 * max(0, n - 8)} for n in range(20)], None, "diverged", "--lr"),
-    "not a number": ([{"loss": 1.0}, {"loss": math.nan}], None, "diverged", "the loss is no number"),
-    "dead features": ([{"loss": 1.0}, {"loss": 1.0, "health": {**SEEN, "rank": None}}], None, "diverged", "features"),
-    "black": ([{"loss": 1.0, "health": {**SEEN, "distinct": 1}}], None, "constant_features", "1 of 64 pictures looked"),
-    "duplicates": ([{"loss": 1.0, "health": {**SEEN, "batch": 64, "batch_distinct": 2}}], None, "constant_features",
+    "patches without centring": (
+        [{**teacher(5.0, 4.9, 0.7), "patch_entropy": 0.2, "patch_use": 1.2 / K} for _ in range(20)], TAUGHT,
+        "constant_features", "gives every hidden patch the same 1.2 of 256 prototypes",
+    ),
+    "patches that say nothing": (
+        [{**teacher(5.0, 4.9, 0.7), "patch_entropy": CHANCE - 1e-4, "patch_use": 1.0} for _ in range(20)], TAUGHT,
+        "uniform_teacher", "answer to every hidden patch has entropy",
+    ),
+    "rate": (collapsed(8.0), TAUGHT, "diverged", "grown 8.0 times: the learning rate is too high; lower --lr"),
+    "collapse": (collapsed(1.1), TAUGHT, "constant_features", "all pictures get the same features"),
+    "above the start": (
+        [{"loss": 1.2 + 0.05 * n} for n in range(20)], {}, "diverged", "loss rose to .* from 1.2 untrained: .*--lr",
+    ),
+    "rise": ([{"loss": 1.3 - 0.1 * min(n, 8) + 0.08 * max(0, n - 8)} for n in range(20)], {}, "diverged", "--lr"),
+    "not a number": ([{"loss": 1.0}, {"loss": math.nan}], {}, "diverged", "the loss is no number"),
+    "dead features": ([{"loss": 1.0}, {"loss": 1.0, "health": {**SEEN, "rank": None}}], {}, "diverged", "features"),
+    "black": ([{"loss": 1.0, "health": {**SEEN, "distinct": 1}}], {}, "constant_features", "1 of 64 pictures looked"),
+    "duplicates": ([{"loss": 1.0, "health": {**SEEN, "batch": 64, "batch_distinct": 2}}], {}, "constant_features",
                    "2 of 64 pictures of a batch differ"),
-    "few directions": ([{"loss": 1.0, "health": {**SEEN, "rank": 1.4}} for _ in range(20)], None, "low_rank", "1.4"),
-    "slow disk": ([{"loss": 1.0, "data_wait": 0.8} for _ in range(20)], None, "starved", "80 % .* --workers"),
+    "few directions": ([{"loss": 1.0, "health": {**SEEN, "rank": 1.4}} for _ in range(20)], {}, "low_rank", "1.4"),
+    "slow disk": ([{"loss": 1.0, "data_wait": 0.8} for _ in range(20)], {}, "starved", "80 % .* --workers"),
 }  # fmt: skip
 
 
@@ -117,7 +145,7 @@ def test_nothing_is_judged_in_the_warm_up_and_health_comes_back() -> None:
 
 
 def test_a_few_noisy_steps_are_no_divergence() -> None:
-    monitor = Monitor(None, 0, 2000)
+    monitor = Monitor({}, 0, 2000)
     for step, loss in enumerate([3.0, 2.3, 2.1, 2.4, 2.2, 2.9, 3.1, 2.8, 3.3, 2.9], 1):
         monitor.add({"step": step, "loss": loss, "data_wait": 0.0})
     assert not monitor.history

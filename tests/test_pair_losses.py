@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade import distributed, pair_losses, recipe, words
+from saccade import distributed, pair_losses, recipe, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
@@ -217,17 +217,20 @@ def test_what_is_learned_of_texts_is_kept_and_read_again(name, tmp_path):
     tokenizer = Tokenizer.train(["a red one", "a blue one"], 600)
     config = fitted(small(name), tokenizer)
     method, _ = build(recipe.find(name), config, None)
-    words.save_words(tmp_path, method.words().pairing(method.words().state_dict(), tokenizer), {"recipe": name})
-    again = words.load_words(tmp_path)
+    folder = tmp_path / "backbone"
+    weights.save_backbone(folder, method.encoder(), {"recipe": name}, method.words().pairing(tokenizer))
+    encoder = weights.load(folder)
     tokens = tokenizer.encode(["a red one"], config.length).tokens
-    picture = torch.randn(1, 24)
-    pair = F.normalize(method.words()(picture, tokens).detach(), dim=2)[0]
-    torch.testing.assert_close(again(["a red one"]), pair[1:])
-    torch.testing.assert_close(again.images(picture), pair[:1])
-    assert again.logit_scale == method.words().scale[0]
-    (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(SaccadeError, match="holds no readable text tower"):
-        words.load_words(tmp_path)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        pairs = F.normalize(method.words()(method.encoder().eval().pooled(images), tokens.expand(2, -1)), dim=2)
+        torch.testing.assert_close(encoder.text(["a red one"]), pairs[:1, 1])
+        torch.testing.assert_close(encoder.pair(images), pairs[:, 0])
+    assert encoder.text.logit_scale == method.words().scale[0]
+    assert name == "clip" or encoder.text.logit_bias == method.words().bias[0]
+    (folder / "text" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SaccadeError, match="is damaged"):
+        weights.load(folder)
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])

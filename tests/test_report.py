@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from toys import RECIPES
+from toys import RECIPES, small
 from toys.sources import Bands, Clips, Pictures, Texts
 
 import saccade.recipes
@@ -35,6 +35,7 @@ from saccade.encoder import Encoder
 from saccade.model import build
 from saccade.report import charts, pictures, sections
 from saccade.report.charts import Line
+from saccade.report.page import Charts
 from saccade.run import Run, environment
 from saccade.search import Hit
 from saccade.vit import Features
@@ -84,12 +85,14 @@ def finished(place: Path, name: str = "mae", settings: dict[str, Any] | None = N
     _, config = recipe.configure(name, SMALL if settings is None else settings)
     run = Run.claim(place, {"verb": "pretrain", "recipe": name, "data": ["<toys>"], "settings": config.model_dump()})
     health = {"verdict": "low_rank", "advice": "few directions: raise --batch", "rank": 3.0, "spread": 0.2,
-              "chance": 1.7, "history": []}  # fmt: skip
+              "chance": {"loss": 1.7, "teacher_entropy": 2.5}, "history": []}  # fmt: skip
     for step in range(1, 601):
         entry: dict[str, Any] = {"step": step, "loss": 1 + 1 / step + 0.02 * math.sin(step), "gradient_norm": 1 + step}
         entry |= {"images_per_second": 100.0, "data_wait": 0.1 / step, "memory_gb": 0.5, "seconds": step, "apart": 0.1}
         if step % 60 == 0:
             entry["health"] = {"rank": step / 60, "spread": 0.3, "teacher_entropy": 2.0, "prototype_use": 0.5}
+            if name == "dinov3":
+                entry |= {"cls_loss": 2.0, "patch_loss": 1.0, "gram": 0.1, "patch_entropy": 2.0, "patch_use": 0.4}
             entry["eval"] = {"knn": 30 + step / 60, "linear": 35 + step / 60}
         run.log(entry)
     run.note(
@@ -178,6 +181,21 @@ def test_a_run_shows_everything(page: Path) -> None:
     for name in ("seen", "rebuilt", "original", "patch features", "attention", "head 3", "query"):
         assert name in read.text
     assert "Rebuilt: each patch with its true mean and spread." in read.text
+
+
+def test_stages_and_chance_are_marked(tmp_path: Path) -> None:
+    run = finished(tmp_path, "dinov3", small("dinov3"))
+    training, health = sections.training(run), sections.health(run)
+    assert training is not None and health is not None
+    assert "a stage begins (after step 78, 150, 225, 300, 375, 528)" in training.lede
+    drawn = {chart.title: chart.svg for section in (training, health) for block in section.blocks
+             if isinstance(block, Charts) for chart in block.charts}  # fmt: skip
+    assert {svg.count('class="begin"') for svg in drawn.values()} == {6}
+    level = {title for title, svg in drawn.items() if "tells nothing apart" in svg}
+    assert level == {"Loss", "Entropy of the teacher"}
+    assert {"Patch loss", "Gram", "Entropy of the teacher, patches", "Prototypes in use, patches"} <= set(drawn)
+    one = sections.training(finished(tmp_path / "mae"))
+    assert one is not None and "stage" not in one.lede and 'class="begin"' not in str(one.blocks)
 
 
 @pytest.mark.parametrize("which", ["page", "tour"])

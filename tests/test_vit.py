@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from saccade import vit
+from saccade import depth, vit
 from saccade.errors import SaccadeError
 from saccade.linear import _MATRIX, Linear, linear, packing
 
@@ -237,7 +237,7 @@ def test_a_linear_layer_is_the_library_s_with_its_gradients(shape, biased):
 @pytest.mark.parametrize("name", vit.SIZES)
 def test_every_size_builds_on_the_meta_device(name):
     millions = {"ti": 5.5, "s": 21.6, "s+": 28.7, "b": 85.6, "l": 303.1, "so400m": 411.2, "h": 630.4, "h+": 840.5}
-    millions |= {"g": 1134.9, "7b": 6715.4}
+    millions |= {"xs": 1.285, "g": 1134.9, "7b": 6715.4}
     with torch.device("meta"):
         model = vit.build(f"vit-{name}/16", image_size=224, position="sincos", layer_scale=1e-5)
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -314,3 +314,52 @@ def test_packed_weights_say_the_same_and_are_dropped(activation: str, position: 
         for parameter in model.parameters():
             parameter.mul_(1.1)
         assert not torch.allclose(model(images).cls, found.cls)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("asked", ["all", "cls", "some"])
+def test_depth_is_computed_where_it_is_kept(
+    asked: str, position: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the plain formula, sample by sample; a branch that nobody keeps has gradients of 0."""
+    torch.manual_seed(0)
+    switches = {"position": position, "layer_scale": 0.5, "registers": 2}
+    network = vit.build("vit-ti/4", image_size=16, depth=3, width=24, heads=2, hidden=32, **switches).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images, keep = torch.rand(5, 3, 16, 16, dtype=torch.float64), torch.rand(5, 16).argsort(1)[:, :9]
+    tokens = torch.rand(5, 9).argsort(1)[:, :4] if asked == "some" else asked
+    drop = depth.stochastic_depth(torch.arange(5) * 7919 + 3, [0.5] * 6)
+    assert drop is not None and 0 < (drop == 0).sum() < drop.numel()
+    drop[:, 2] = 0.0
+    rows = []
+    hook = network.blocks[2].mlp.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    seen = network(images, keep, tokens=tokens, drop=drop)
+    hook.remove()
+    assert rows == [5 if compiling else int((drop[:, 5] != 0).sum())]
+
+    def alone(number: int) -> torch.Tensor:
+        x, rope, *_ = network._enter(images[number : number + 1], keep[number : number + 1], None)
+        for block, (first, second) in zip(network.blocks, drop[number].unflatten(0, (3, 2)), strict=True):
+            x = x + first * block.ls1(block.attn(block.norm1(x), rope))
+            x = x + second * block.ls2(block.mlp(block.norm2(x)))
+        return network.norm(x)[0]
+
+    plain = torch.stack([alone(number) for number in range(5)])
+    torch.testing.assert_close(seen.cls, plain[:, 0])
+    if asked != "cls":
+        patches = plain[:, 3:]
+        torch.testing.assert_close(seen.patches, patches if asked == "all" else vit.take(patches, tokens))
+    loss = seen.cls.square().sum() + seen.patches.square().sum()
+    expected = plain[:, 0].square().sum()
+    expected = expected + (vit.take(plain[:, 3:], tokens) if asked == "some" else plain[:, 3:]).square().sum() * (
+        asked != "cls"
+    )
+    named = dict(network.named_parameters())
+    ours = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+    theirs = torch.autograd.grad(expected, list(named.values()))
+    for name, one, other in zip(named, ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert not ours[list(named).index("blocks.1.attn.proj.weight")].any()

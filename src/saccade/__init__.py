@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from saccade.errors import SaccadeError
 
 if TYPE_CHECKING:
+    from saccade.adapt import adapt as adapt
     from saccade.embed import embed as embed
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
@@ -32,6 +33,7 @@ _HOMES = {
     "Hit": "search",
     "Index": "search",
     "Run": "run",
+    "adapt": "adapt",
     "embed": "embed",
     "evaluate": "evaluate",
     "export": "export",
@@ -47,6 +49,7 @@ __all__ = [
     "Run",
     "SaccadeError",
     "__version__",
+    "adapt",
     "embed",
     "evaluate",
     "export",

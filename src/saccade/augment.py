@@ -220,13 +220,17 @@ def multi_crop(
     *,
     blurred: tuple[float, float, float],
     plain: int | None = None,
+    again: int | None = None,
     stretch: bool = False,
 ) -> Batch:
     """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
 
+    The words stay on the CPU, which thereby knows how much is left in (`depth.kept`).
+
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
-    large crops in this size and in their own colours, as `plain` [2B C P P]. `stretch`: also words for RoPE, the same
-    for all large crops of a step and for all small ones. Every first axis is view-major.
+    large crops in this size and in their own colours, as `plain` [2B C P P]. `again`: also, where it is another size
+    than theirs, the same views in this one, as `again` [2B C A A]. `stretch`: also words for RoPE, the same for all
+    large crops of a step and for all small ones. Every first axis is view-major.
     """
     size, few = batch["size"], config.local_crops
     large = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=2)
@@ -242,14 +246,17 @@ def multi_crop(
     second = blur(second, draws.sample("blur 2"), probability=blurred[1] * config.blur)
     second = solarise(second, draws.sample("solarise"), probability=config.solarise)
     made["globals"] = render(batch["pixels"], concatenate([first, second]), config.image_size)
+    if again not in (None, config.image_size):
+        scaled = concatenate([first, second])
+        scaled = replace(scaled, sigma=scaled.sigma * (again / config.image_size))  # it is in pixels
+        made["again"] = render(batch["pixels"], scaled, again)
     if few:
         small = blur(small, draws.sample("blur"), probability=blurred[2] * config.blur)
         made["locals"] = render(batch["pixels"], small, config.local_size)
-    by_chance = {"drop": draws.step("drop").bits(2 + few).T.flatten()}
     if stretch:
         words = draws.step("stretch").shared(2).mul(2**24).long()
-        by_chance["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size))
-    return made | {name: rows.to(batch["pixels"].device) for name, rows in by_chance.items()}
+        made["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size)).to(batch["pixels"].device)
+    return made | {"drop": draws.step("drop").bits(2 + few).T.flatten()}
 
 
 def render(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saccade import convnet, vit
 from saccade.errors import SaccadeError, nearest
-from saccade.settings import Settings
+from saccade.settings import Settings, Training, flag
 from saccade.vit import Features
 
 
@@ -132,3 +132,18 @@ def build(arch: str, *, image_size: int, channels: int = 3, **switches: Any) -> 
                 f"this recipe needs a ViT (it sets {name!r}), not {arch}", path="--arch", hint="e.g. --arch vit-s/16"
             )
     return family.build(arch, image_size=image_size, channels=channels, **switches)
+
+
+def build_for(config: Training, switches: Mapping[str, Any] | None = None) -> Any:
+    """A fresh backbone as a recipe wants it, or with these switches.
+
+    Raises `SaccadeError` also where a side of what the recipe looks at does not fit.
+    """
+    switches = config.backbone() if switches is None else switches
+    network = build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
+    for name, side in config.sides().items():
+        try:
+            _ = network.config.model_copy(update={"image_size": side}).grid
+        except SaccadeError as error:
+            raise SaccadeError(error.error, path=flag(name), hint=error.hint) from None
+    return network

@@ -31,11 +31,13 @@ from saccade import __version__
 from saccade.errors import SaccadeError, nearest
 from saccade.settings import (
     LENGTHS,
+    AdaptArguments,
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
     ModelsArguments,
     PretrainArguments,
+    RunArguments,
     SearchArguments,
     Settings,
     TourArguments,
@@ -65,6 +67,12 @@ def _pretrain(values: Values) -> Mapping[str, Any]:
     from saccade.train import pretrain
 
     return pretrain(list(values.pop("data")), **values).summary
+
+
+def _adapt(values: Values) -> Mapping[str, Any]:
+    from saccade.adapt import adapt
+
+    return adapt(list(values.pop("data")), **values).summary
 
 
 def _evaluate(values: Values) -> Mapping[str, Any]:
@@ -108,15 +116,13 @@ def _tour(values: Values) -> Mapping[str, Any]:
 VERBS = {
     "tour": Verb(TourArguments, (), _tour),
     "pretrain": Verb(PretrainArguments, ("data",), _pretrain),
+    "adapt": Verb(AdaptArguments, ("data",), _adapt),
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
     "export": Verb(ExportArguments, ("backbone",), _export),
 }
-
-LATER = ("adapt",)
-"""Verbs that the interface names and this version does not have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,31 +180,32 @@ def _find(typed: list[str]) -> Verb:
     name = typed[0]
     if name in VERBS:
         return VERBS[name]
-    if name in LATER:
-        raise SaccadeError(
-            f"saccade {name} does not exist yet in version {__version__}", hint=f"there are {', '.join(VERBS)}"
-        )
     raise SaccadeError(f"there is no verb {name!r}", path=name, hint=nearest(name, VERBS))
 
 
 def _read(name: str, verb: Verb, typed: list[str]) -> Values:
     """The typed after a verb as validated values. Raises `SaccadeError`."""
-    if verb.arguments is PretrainArguments:
-        return _read_run(name, typed)
+    if issubclass(verb.arguments, RunArguments):
+        return _read_run(name, verb.arguments, typed)
     said = _parse(name, verb.arguments, typed, verb.arguments.model_fields, _defaults(verb.arguments))
     return dict(checked(verb.arguments, said, owner=name))
 
 
-def _read_run(name: str, typed: list[str]) -> Values:
+def _read_run(name: str, model: type[RunArguments], typed: list[str]) -> Values:
     """A run's arguments and its recipe's settings: flags over the file over defaults. Raises `SaccadeError`."""
-    own, path = PretrainArguments.model_fields, _after(typed, "--config")
+    own, path = model.model_fields, _after(typed, "--config")
     given = from_file(path) if path else {}
     recipe = _after(typed, "--recipe") or str(given.get("recipe") or "")
-    defaults = {**_defaults(PretrainArguments), **dict(Training()), **given}
+    start = _after(typed, flag("start")) or given.get("start")
+    defaults = {**_defaults(model), **dict(Training()), **given}
     fields = {**own, "config": _CONFIG, **Training.model_fields}
+    if not recipe and ({"-h", "--help"} & set(typed) or ("start" in own and not start)):
+        checked(model, _parse(name, model, typed, fields, defaults), owner=name)
+    if not recipe and "start" in own:
+        from saccade.adapt import natural
+
+        recipe = natural(str(start))
     if not recipe:
-        if {"-h", "--help"} & set(typed):
-            _parse(name, PretrainArguments, typed, fields, defaults)
         raise SaccadeError(f"{name} needs --recipe", path="--recipe", hint=f"choose one of: {', '.join(_recipes())}")
 
     from saccade.recipe import configure
@@ -206,15 +213,13 @@ def _read_run(name: str, typed: list[str]) -> Values:
     page, config = configure(recipe, _without(given, own), also=own)
     variants = f"; {page.name} has {', '.join(page.variants) or 'no variants'}"
     fields["recipe"] = FieldInfo(annotation=str, description=f"{own['recipe'].description}{variants}")
-    said = _parse(
-        name, PretrainArguments, typed, {**fields, **page.config.model_fields}, {**defaults, **dict(config), **given}
-    )
+    said = _parse(name, model, typed, {**fields, **page.config.model_fields}, {**defaults, **dict(config), **given})
     said.pop("config", None)
     if any(length in said for length in LENGTHS):  # a length that is said replaces the file's
         given = _without(given, LENGTHS)
     settings = _without({**given, **said}, own)
     config = configure(recipe, settings, also=own)[1]
-    arguments = checked(PretrainArguments, _without({**given, **said}, settings), owner=name)
+    arguments = checked(model, _without({**given, **said}, settings), owner=name)
     return {**dict(arguments), **{setting: getattr(config, setting) for setting in settings}}
 
 
@@ -288,7 +293,11 @@ def _grammar(name: str, field: FieldInfo, default: Any, stands: bool) -> Any:
     hint = "(required)" if field.is_required() and default is None else f"(default: {_text(default)})"
     kind = name.upper() if stands else _kind(field.annotation)
     look = tyro.conf.arg(
-        metavar=kind, help=field.description, help_behavior_hint=hint, aliases=[f"-{name}"] if len(name) == 1 else None
+        name=None if stands else flag(name).removeprefix("--"),
+        metavar=kind,
+        help=field.description,
+        help_behavior_hint=hint,
+        aliases=[f"-{name}"] if len(name) == 1 else None,
     )
     if not stands:
         return Annotated[str | None, look], None
@@ -329,7 +338,7 @@ def _value(field: FieldInfo, said: Any) -> Any:
 
 def _about(model: type[Settings]) -> str:
     about = inspect.getdoc(model) or ""
-    if model is PretrainArguments:
+    if issubclass(model, RunArguments):
         about += f" Recipes: {', '.join(_recipes())}; with --recipe NAME, --help lists its own settings too."
     return about + " --json prints the result as one JSON object."
 
@@ -375,6 +384,8 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def _scores(result: Mapping[str, Any]) -> str:
     """Scores as a table, the backbone above what it must beat; below it whether it does, and how this was measured."""
     rivals = result.get("baselines", {})
+    if "segmentation" in result:
+        return _segments(result, rivals)
     rows = {"this backbone": result}
     rows |= {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
     counts = list(result.get("few_label", {}))
@@ -405,7 +416,31 @@ def _scores(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_lines(rest)])
 
 
-_RIVALS = {"the same untrained": "untrained", "raw pixels": "pixels", "the border's pixels": "border"}
+def _segments(result: Mapping[str, Any], rivals: Mapping[str, Any]) -> str:
+    """Scores of segmentation as a table, a line a class, the backbone beside what it must beat."""
+    told = {"this backbone": result} | {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
+    scores = {name: found["segmentation"] for name, found in told.items()}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("percent", no_wrap=True)
+    for name in scores:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("mean IoU", *(_score(found["miou"]) for found in scores.values()))
+    table.add_row("pixels right", *(_score(found["pixel_accuracy"]) for found in scores.values()))
+    for name in result["segmentation"]["classes"]:
+        table.add_row(f"  {name}", *(_score(found["classes"][name]) for found in scores.values()))
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(table, highlight=False)
+    rest = {name: value for name, value in result.items() if name not in ("segmentation", "baselines")}
+    return "\n".join([*(line.rstrip() for line in captured.get().splitlines()), "", *_lines(rest)])
+
+
+_RIVALS = {
+    "the same untrained": "untrained",
+    "raw pixels": "pixels",
+    "the border's pixels": "border",
+    "position": "position",
+}
 _SHOWN_ABOVE = ("knn", "linear", "few_label", "baselines", "differences", "pooled")
 
 

@@ -414,7 +414,7 @@ class ConvNeXtBlock(nn.Module):
         branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         branch = self.pwconv2(self.pwconv1(branch, "gelu")) * self.gamma
         branch = branch.permute(0, 3, 1, 2)
-        return x + branch if drop is None else torch.addcmul(x, branch, drop[:, None, None, None].to(branch.dtype))
+        return x + branch if drop is None else torch.addcmul(x, branch, drop[:, None, None, None].to(branch))
 
 
 class ConvNeXt(Convnet):

@@ -340,13 +340,14 @@ def save_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> N
         dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
 
 
-def load_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
-    """Reads a checkpoint of any number of ranks into these tensors, in place.
+def load_tensors(tensors: dict[str, Tensor], directory: Path, ranks: Ranks, *, part: bool = False) -> None:
+    """Reads a checkpoint of any number of ranks into these tensors, in place; `part`: what else it holds is left out.
 
     Raises `SaccadeError` when names or shapes differ: a checkpoint of another architecture.
     """
     stored = {name: entry.size for name, entry in metadata(directory).state_dict_metadata.items()}
     missing, unexpected = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+    unexpected = [] if part else unexpected
     reshaped = [name for name in sorted(tensors.keys() & stored.keys()) if stored[name] != tensors[name].shape]
     differences = [
         f"{len(names)} {kind} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"

@@ -72,12 +72,18 @@ class Preprocess:
         whole = _centre(pixels, 4 * min(pixels.shape[1:]))
         return _centre(resized(whole, self.resize, self.interpolation), self.crop)
 
+    def sized(
+        self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"], size: list[int]
+    ) -> Shaped[Tensor, "c h w"]:
+        """The whole picture, as high and as wide as `size` says."""
+        return _interpolated(self._pixels(picture), size, self.interpolation)
+
     def natural(
         self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"], patch: int, patches: int
     ) -> Shaped[Tensor, "c h w"]:
         """The whole picture near its own aspect, in at most so many patches of this side; as above otherwise."""
         pixels = self._pixels(picture)
-        return _interpolated(pixels, natural_size(pixels.shape[1], pixels.shape[2], patch, patches), self.interpolation)
+        return self.sized(pixels, natural_size(pixels.shape[1], pixels.shape[2], patch, patches))
 
     def _pixels(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c h w"]:
         if isinstance(picture, str | Path):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saccade import distributed, losses, vit
+from saccade import depth, distributed, losses, vit
 from saccade.data import Batch
 from saccade.draws import Stream
 from saccade.errors import SaccadeError
@@ -53,6 +55,14 @@ class DINOHead(nn.Module):
         self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
         self.gain = nn.Parameter(torch.empty(prototypes)) if lengths == "learned" else None
         self.reset_parameters()
+
+    @classmethod
+    def like(cls, head: DINOHead, width: int) -> DINOHead:
+        """A fresh head of the same shape, for embeddings of another width."""
+        (bottleneck, hidden), prototypes = head.mlp[-1].weight.shape, len(head.last_layer.weight)
+        norm = any(isinstance(part, BatchNorm) for part in head.mlp)
+        shape = {"hidden": hidden, "bottleneck": bottleneck, "norm": norm, "lengths": head.lengths}
+        return cls(width, prototypes, **shape)
 
     def reset_parameters(self) -> None:
         """Fresh weights from torch's generator."""
@@ -97,10 +107,12 @@ def check_queue(queue: int, crops: int) -> None:
 class Assignment(nn.Module):
     """A teacher's answers, evened out so that the samples together use many prototypes.
 
-    `centre`: the mean logits of former steps are taken out (DINO); `sinkhorn`: every prototype gets its share within
-    the batch (SwAV, DINOv2's giant, DINOv3). Few samples cannot share many prototypes: `queue` bottlenecks of former
-    steps, scored anew, stand beside them. Zeros are places of the queue that are still empty, and are left out: as
-    samples, alike to all prototypes, they would take up all that is unused and leave the batch a plain softmax.
+    `centre`: the mean logits of former steps are taken out (DINO), the mean of all samples of all ranks, where DINOv2's
+    code takes the mean of the ranks' means for patches, of which one may hide more than another; `sinkhorn`: every
+    prototype gets its share within the batch (SwAV, DINOv2's giant, DINOv3). Few samples cannot share many prototypes:
+    `queue` bottlenecks of former steps, scored anew, stand beside them. Zeros are places of the queue that are still
+    empty, and are left out: as samples, alike to all prototypes, they would take up all that is unused and leave the
+    batch a plain softmax.
     """
 
     def __init__(
@@ -118,21 +130,37 @@ class Assignment(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, head: DINOHead, bottlenecks: Float[Tensor, "b e"], temperature: Float[Tensor, ""]
+        self,
+        head: DINOHead,
+        bottlenecks: Float[Tensor, "b e"],
+        temperature: Float[Tensor, ""],
+        added: Float[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "b k"]:
-        """Probabilities, of what the teacher's head has made so far."""
+        """Probabilities, of what the teacher's head has made so far.
+
+        `added` is what `evening` says of more samples than these; without it these are evened out by themselves.
+        """
         logits = head.score(bottlenecks)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.kind == "sinkhorn":
-            if not self.queue:
-                return losses.sinkhorn_knopp(logits, temperature)
-            self._fresh.append(bottlenecks)
-            empty = ~self.past.any(1, keepdim=True)
-            past = head.score(self.past).to(logits.dtype).masked_fill(empty, -torch.inf)
-            return losses.sinkhorn_knopp(logits, temperature, past)
+            if self.queue:
+                self._fresh.append(bottlenecks)
+            if added is None:
+                added = self.evening(head, [lambda: logits], temperature)
+            return losses.even(logits, temperature, added)
         self.sums += logits.sum(0)
         self.count += len(logits)
         return ((logits - self.centre) / temperature).softmax(-1)
+
+    def evening(
+        self, head: DINOHead, parts: list[Callable[[], Float[Tensor, "b k"]]], temperature: Float[Tensor, ""]
+    ) -> Float[Tensor, " k"]:
+        """What evens out the logits of these parts of a step, beside the queue's."""
+        if self.queue:
+            past = self.past[distributed.rank() :: distributed.world()]
+            scored = head.score(past).masked_fill(~past.any(1, keepdim=True), -torch.inf)
+            parts = [*parts, lambda: scored]
+        return losses.evening(parts, temperature)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -149,7 +177,11 @@ class Assignment(nn.Module):
 
 
 class Assignments(nn.ModuleDict):
-    """Answers for class tokens (`head`) and hidden patches (`patch_head`, or the same one), each evened out apart."""
+    """Answers for class tokens (`head`) and hidden patches (`patch_head`, or the same one), each evened out apart.
+
+    Where a step has several micro-batches and is evened out by Sinkhorn-Knopp (`ahead`), the teacher looks at all of
+    them before the first answer, so that the answers are those of one batch.
+    """
 
     def __init__(self, config: SpreadDistillation, kind: Literal["centre", "sinkhorn"], widths: dict[str, int]):
         check_queue(config.queue, 2 * config.batch)
@@ -159,14 +191,37 @@ class Assignments(nn.ModuleDict):
             name: Assignment(kind, widths[head], config.bottleneck, momentum=config.centre_momentum, queue=queue)
             for name, (head, queue) in queues.items()
         })  # fmt: skip
+        self.ahead = kind == "sinkhorn" and config.accumulate > 1
+        self._seen: list[dict[str, Tensor]] = []
+        self._added: dict[str, Tensor] = {}
+
+    def _heads(self, teacher: nn.ModuleDict) -> dict[str, DINOHead]:
+        return {"cls": teacher["head"], "patch": teacher[self.last]}
+
+    @torch.no_grad()
+    def look(self, teacher: nn.ModuleDict, images: Tensor, hide: Bool[Tensor, "b n"]) -> None:
+        """The teacher, of `backbone` and heads, sees a micro-batch: whole pictures, and where patches are hidden."""
+        seen = teacher["backbone"](images)
+        tokens = {"cls": seen.cls, "patch": seen.patches[hide]}
+        self._seen.append({name: head.bottleneck(tokens[name]) for name, head in self._heads(teacher).items()})
 
     def answers(
         self, teacher: nn.ModuleDict, images: Tensor, hide: Bool[Tensor, "b n"], temperature: Float[Tensor, ""]
     ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "m l"]]:
-        """What a teacher of `backbone` and heads sees in whole pictures and where patches are hidden."""
-        seen = teacher["backbone"](images)
-        found = (("cls", "head", seen.cls), ("patch", self.last, seen.patches[hide]))
-        cls, patches = (self[name](teacher[head], teacher[head].bottleneck(x), temperature) for name, head, x in found)
+        """What it answers to the next micro-batch that it saw; it sees this one now if there is none."""
+        if not self._seen:
+            self.look(teacher, images, hide)
+        if self.ahead and not self._added:
+            for name, head in self._heads(teacher).items():
+                parts = [partial(head.score, seen[name]) for seen in self._seen]
+                self._added[name] = self[name].evening(head, parts, temperature)
+        seen = self._seen.pop(0)
+        cls, patches = (
+            self[name](head, seen[name], temperature, self._added.get(name))
+            for name, head in self._heads(teacher).items()
+        )
+        if not self._seen:
+            self._added.clear()
         return cls, patches
 
     def after_step(self) -> None:
@@ -188,8 +243,11 @@ def student_and_teacher(
     """
     if config.koleo_weight:
         losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
-    shape = {"hidden": config.hidden, "bottleneck": config.bottleneck, "norm": config.head_norm, "lengths": lengths}
-    made = {name: DINOHead(backbone.config.width, count, **shape) for name, count in widths.items()}
+    shape = {"hidden": config.hidden, "bottleneck": config.bottleneck}
+    own = {"hidden": config.patch_hidden, "bottleneck": config.patch_bottleneck}
+    shapes = {"head": shape, "patch_head": shape | {name: width for name, width in own.items() if width is not None}}
+    how = {"norm": config.head_norm, "lengths": lengths}
+    made = {name: DINOHead(backbone.config.width, count, **shapes[name], **how) for name, count in widths.items()}
     student = nn.ModuleDict({"backbone": backbone, **made, **more})
     return student, copy.deepcopy(student).requires_grad_(False)
 
@@ -219,13 +277,37 @@ def cross_view(
     return (spread - agreement) / (samples * seen * (views - 1))
 
 
-def concentration(probabilities: Float[Tensor, "b k"]) -> dict[str, Float[Tensor, ""]]:
+def regrid(patches: Float[Tensor, "b n d"], grid: tuple[int, ...], to: tuple[int, ...]) -> Float[Tensor, "b m d"]:
+    """A map of patches on another grid, bilinear and antialiased; as it is where they are the same."""
+    if grid == to:
+        return patches
+    with torch.autocast(patches.device.type, enabled=False):
+        rows = patches.to(torch.promote_types(patches.dtype, torch.float32)).mT.unflatten(2, grid)
+        return F.interpolate(rows, size=to, mode="bilinear", antialias=True, align_corners=False).flatten(2).mT
+
+
+def some_patches(words: Int[Tensor, " b"], patches: int, part: float) -> Bool[Tensor, "b n"]:
+    """True for this part of each picture's patches, at least one, chosen by its random word."""
+    chosen = Stream(words, 0).order(patches)[:, : max(1, round(part * patches))]
+    return torch.zeros(len(words), patches, dtype=torch.bool, device=words.device).scatter(1, chosen, True)
+
+
+def concentration(
+    probabilities: Float[Tensor, "b k"], patches: Float[Tensor, "m l"] | None = None
+) -> dict[str, Float[Tensor, ""]]:
     """How sharp a teacher's answers are, as their mean entropy in nats, and which part of the K prototypes they use.
 
     The part is exp(entropy of the mean answer) / K: 1 where all are used alike, 1/K where every answer is the same one.
+    The same of hidden `patches`, of about as many as there are class tokens.
     """
     used = torch.special.entr(probabilities.mean(0)).sum().exp() / probabilities.shape[1]
-    return {"teacher_entropy": torch.special.entr(probabilities).sum(1).mean(), "prototype_use": used}
+    found = {"teacher_entropy": torch.special.entr(probabilities).sum(1).mean(), "prototype_use": used}
+    if patches is not None:
+        some = patches[:: max(1, len(patches) // len(probabilities))]
+        count = max(1, len(some))  # there may be none
+        used = torch.special.entr(some.sum(0) / count).sum().exp() / some.shape[1]
+        found |= {"patch_entropy": torch.special.entr(some).sum() / count, "patch_use": used}
+    return found
 
 
 def student_answers(
@@ -246,7 +328,7 @@ def student_answers(
         if stretch > 1 and len(rows):
             u = Stream(batch["stretch"][first : first + 1], 0).uniform(backbone.config.depth)
             by = torch.exp((2 * u[0] - 1) * math.log(stretch))
-        how.append({"drop": vit.stochastic_depth(rows, rates), "stretch": by})
+        how.append({"drop": depth.stochastic_depth(rows, rates), "stretch": by})
     seen = backbone(whole, hide=batch["hide"], **how[0])
     tokens = [seen.cls]
     if sizes[1]:
@@ -270,8 +352,9 @@ def spread_losses(
     target, patch_target = targets
     cls = cross_view(logits, target.unflatten(0, (-1, logits.shape[1])), config.student_temperature, local_weight)
     patch = losses.hidden_patches(patch_head(seen.patches[hide]), patch_target, hide, config.student_temperature)
-    total, found = cls + config.patch_weight * patch, {"cls_loss": cls, "patch_loss": patch}
+    share = (1 + local_weight * (len(logits) - 2)) / (len(logits) - 1)  # ln K stays what chance gives
+    total, found = cls + config.patch_weight * patch, {"cls_loss": cls / share, "patch_loss": patch}
     if config.koleo_weight:
         found["koleo"] = sum(losses.koleo(crop, config.koleo_group) for crop in seen.cls.chunk(2))
         total = total + config.koleo_weight * found["koleo"]
-    return total, {name: value.detach() for name, value in found.items()} | concentration(target)
+    return total, {name: value.detach() for name, value in found.items()} | concentration(target, patch_target)

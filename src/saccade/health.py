@@ -98,17 +98,21 @@ class Finding:
 
 
 _SLOWER = "lower --lr or lengthen --warmup"
+_ANSWERS = (("teacher_entropy", "prototype_use", "picture"), ("patch_entropy", "patch_use", "hidden patch"))
+"""What is logged of a teacher's answers: their entropy, which part of the prototypes they use, and for what."""
 
 
 class Monitor:
     """Follows the lines of metrics.jsonl. `finding` is the verdict now, `history` the verdicts by step.
 
-    `chance` is the loss of a method that tells nothing apart, or None; `warmup` the steps in which the learning rate
-    rises; `samples` how many the data have. A new verdict has to stand on two lines, but for what is plain at once.
+    `chance` is what metrics are, by name, where the method tells nothing apart; `warmup` the steps in which the
+    learning rate rises; `samples` how many the data have. A new verdict has to stand on two lines, but for what is
+    plain at once.
     """
 
-    def __init__(self, chance: float | None, warmup: int, samples: int):
+    def __init__(self, chance: dict[str, float], warmup: int, samples: int):
         self.chance, self.warmup, self.samples = chance, warmup, samples
+        self._level = chance.get("cls_loss", chance.get("loss"))
         self.finding, self.history = Finding(), list[dict[str, Any]]()
         self._recent = deque[dict[str, Any]]()
         self._figures: dict[str, Any] = {}
@@ -136,7 +140,7 @@ class Monitor:
 
     def summary(self) -> dict[str, Any]:
         """The verdict, its advice, the figures that it stands on, and the verdicts before it."""
-        names = ("rank", "spread", "teacher_entropy", "prototype_use", "gradient_norm")
+        names = ("rank", "spread", *(name for *two, _ in _ANSWERS for name in two), "gradient_norm")
         return {"verdict": self.finding.verdict, **{name: self._figures.get(name) for name in names},
                 "chance": self.chance, "advice": self.finding.advice, "history": self.history}  # fmt: skip
 
@@ -185,7 +189,7 @@ class Monitor:
         window = fresh if len(fresh) >= LINES else lines[-LINES:]
         now, first = statistics.median(line["loss"] for line in window), self._first["loss"]
         self._lowest = min(self._lowest, now)
-        low, high = sorted((first, first if self.chance is None else self.chance))
+        low, high = sorted((first, first if self._level is None else self._level))
         gained = 0.0 if "teacher_entropy" in self._first else low - self._lowest
         lost = gained > 0.1 * low and now > self._lowest + 0.5 * gained
         brief = len(window) < LINES or last - window[0]["step"] < RECENT // 5
@@ -212,37 +216,45 @@ class Monitor:
         )
 
     def _one_answer(self) -> Finding | None:
-        """The teacher gives all pictures the same prototypes."""
-        use = self._mean("prototype_use")
-        if use is None or self.chance is None or use * math.exp(self.chance) >= 3:
-            return None
-        count = math.exp(self.chance)
-        cause = f"the teacher gives every picture the same {use * count:.1f} of {count:.0f} prototypes: centring fails"
-        return Finding("constant_features", cause, "lower `centre_momentum` or --lr")
+        """The teacher gives all pictures, or all hidden patches, the same prototypes."""
+        for entropy, name, what in _ANSWERS:
+            use, top = self._mean(name), self.chance.get(entropy)
+            if use is None or top is None or use * math.exp(top) >= 3:
+                continue
+            many = f"{use * math.exp(top):.1f} of {math.exp(top):.0f} prototypes"
+            cause = f"the teacher gives every {what} the same {many}: centring fails"
+            return Finding("constant_features", cause, "lower `centre_momentum` or --lr")
+        return None
 
     def _uniform(self) -> Finding | None:
         """The teacher's answers tell nothing, so the student learns to say nothing."""
-        loss, entropy = self._mean("loss"), self._mean("teacher_entropy")
-        if loss is None or entropy is None or self.chance is None:
-            return None
-        count = round(math.exp(self.chance))
-        wide = count > self.samples
-        if abs(loss / self.chance - 1) > 0.02 or entropy < (0.95 if wide else 0.998) * self.chance:
-            return None
-        cause = f"loss has stayed at {loss:.4f} = ln {count}: the teacher is uniform"
-        if wide:
-            cause += f", its head far too wide for {self.samples} samples"
-            return Finding("uniform_teacher", cause, "lower `prototypes`, then `teacher_temperature`")
-        return Finding("uniform_teacher", cause, "lower `teacher_temperature`, or --lr where it is 0.04 or less")
+        loss = self._mean("loss")
+        for name, _, what in _ANSWERS:
+            entropy, top = self._mean(name), self.chance.get(name)
+            if entropy is None or top is None:
+                continue
+            count = round(math.exp(top))
+            wide = count > self.samples
+            if entropy < (0.95 if wide else 0.998) * top:
+                continue
+            stayed = f"the teacher's answer to every {what} has entropy {entropy:.4f} of {top:.4f}"
+            if what == "picture" and loss is not None and abs(loss / top - 1) < 0.02:
+                stayed = f"loss has stayed at {loss:.4f}"
+            cause = f"{stayed} = ln {count}: the teacher is uniform"
+            if wide:
+                cause += f", its head far too wide for {self.samples} samples"
+                return Finding("uniform_teacher", cause, "lower `prototypes`, then `teacher_temperature`")
+            return Finding("uniform_teacher", cause, "lower `teacher_temperature`, or --lr where it is 0.04 or less")
+        return None
 
     def _blind(self) -> Finding | None:
         """Samples are compared, all come out the same, and there is no gradient left that would change it."""
         loss, gradient, before = self._mean("loss"), self._mean("gradient_norm"), self._first.get("gradient_norm")
-        if self.chance is None or loss is None or gradient is None or before is None:
+        if self._level is None or loss is None or gradient is None or before is None:
             return None
-        if "teacher_entropy" in self._first or abs(loss / self.chance - 1) > 0.01 or gradient > 0.02 * before:
+        if "teacher_entropy" in self._first or abs(loss / self._level - 1) > 0.01 or gradient > 0.02 * before:
             return None
-        cause = f"loss has stayed at {loss:.4f}, where all samples are the same to it ({self.chance:.4f})"
+        cause = f"loss has stayed at {loss:.4f}, where all samples are the same to it ({self._level:.4f})"
         return Finding("constant_features", cause, f"{_SLOWER}, or raise `temperature`")
 
     def _low_rank(self) -> Finding | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -37,23 +39,46 @@ def sinkhorn_knopp(
 
     Rows and columns of exp(logits / temperature) are scaled in turn; the last turn makes each sample's sum 1. `past`
     are logits of former batches, the same on every rank: with them a small batch is judged among many samples. Its rows
-    of -inf are places that nothing has come to yet, and count for nothing.
-    In float32 at least. Each sample's largest logit is taken out and weighs the sample in the first turn alone, which
-    is the same and keeps exp from overflowing, and from vanishing where one sample's logits are far above another's.
+    of -inf are places that nothing has come to yet, and count for nothing. In float32 at least.
     """
     rows = logits if past is None else torch.cat([logits, past[distributed.rank() :: distributed.world()]])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    limits = torch.finfo(rows.dtype)
-    most = rows.amax(1, keepdim=True)
-    share = ((rows - most.clamp(min=limits.min)) / temperature).exp()
-    largest = distributed.largest(most.max() if len(rows) else rows.new_tensor(-torch.inf))
-    weight = ((most - largest) / temperature).exp()
-    count = distributed.total(most.isfinite().sum().to(rows.dtype))
+    return even(logits, temperature, evening([lambda: rows], temperature, iterations))
+
+
+@torch.no_grad()
+def evening(
+    parts: Sequence[Callable[[], Float[Tensor, "b k"]]], temperature: float | Float[Tensor, ""], iterations: int = 3
+) -> Float[Tensor, " k"]:
+    """What Sinkhorn-Knopp adds to each prototype's logit / temperature (`even`), over samples that come in parts.
+
+    A part is asked for its logits anew in every turn, so that memory holds those of one at a time. A row's factor is
+    in the softmax but in the first turn, when it is one for all: there the largest logit of all ranks is taken out.
+    """
+    most = torch.stack([F.pad(_wide(part()).amax(1), (0, 1), value=-torch.inf).max() for part in parts])
+    largest, added = distributed.largest(most.max()), torch.zeros_like(most[0])
     for turn in range(iterations):
-        used = distributed.total((share if turn else weight * share).sum(0))
-        share = share / used.clamp(min=limits.tiny) / share.shape[1]
-        share = share / share.sum(1, keepdim=True).clamp(min=limits.tiny) / count
-    return share[: len(logits)] * count
+        used = torch.zeros_like(largest)
+        for part in parts:
+            share = even(part(), temperature, added) if turn else ((_wide(part()) - largest) / temperature).exp()
+            used = used + share.sum(0)
+        used = distributed.total(used)
+        added = added - used.clamp(min=torch.finfo(used.dtype).tiny).log()
+    return added
+
+
+def even(
+    logits: Float[Tensor, "b k"], temperature: float | Float[Tensor, ""], added: Float[Tensor, "*k"]
+) -> Float[Tensor, "b k"]:
+    """Probabilities of samples by logits that `evening` has weighed; a row of -inf is no sample and has none."""
+    rows = _wide(logits)
+    most = rows.amax(1, keepdim=True)  # taken out first, where float32 still tells the others apart
+    share = ((rows - most.clamp(min=torch.finfo(rows.dtype).min)) / temperature + added).softmax(1)
+    return share.masked_fill(most == -torch.inf, 0.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def hidden_patches(
@@ -107,3 +132,13 @@ def gram(student: Float[Tensor, "b n d"], teacher: Float[Tensor, "b n d"]) -> Fl
         pair = [F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (student, teacher)]
         ours, theirs = (x @ x.transpose(1, 2) for x in pair)
         return F.mse_loss(ours, theirs)
+
+
+def feature_distance(student: Float[Tensor, "*n d"], teacher: Float[Tensor, "*n d"]) -> Float[Tensor, ""]:
+    """Half of 1 - cosine and half of smooth L1, means over rows and numbers (UNIC, arXiv 2408.05088, eq. 2 to 4).
+
+    In float32 at least, also under autocast.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
+        return (1 - F.cosine_similarity(student, teacher, dim=-1).mean() + F.smooth_l1_loss(student, teacher)) / 2

@@ -59,10 +59,10 @@ def blocks(
 ) -> Bool[Tensor, "v n"]:
     """Rectangles, drawn until as many patches are hidden as `counts` says. `rows` are random, one a view.
 
-    A rectangle's area is between `smallest` patches and half of the picture's, or what is still to hide where that is
-    less, and its aspect between 0.3 and 1 / 0.3; of ten that are drawn the first that fits is taken. Where none of
-    them fits a view is left as it is, with somewhat fewer hidden (iBOT, DINOv2), or with `fill` single patches make the
-    count exact (DINOv3).
+    A rectangle's area is between `smallest` patches and half of the picture's (the released code says half of its rows
+    rounded down, which is less on an odd grid), or what is still to hide where that is less, and its aspect between 0.3
+    and 1 / 0.3; of ten that are drawn the first that fits is taken. Where none of them fits a view is left as it is,
+    with somewhat fewer hidden (iBOT, DINOv2), or with `fill` single patches make the count exact (DINOv3).
     """
     seeds = Stream(rows, 0).bits(_ROUNDS + 1)
     mask = torch.zeros(len(counts), math.prod(grid), dtype=torch.bool, device=counts.device)

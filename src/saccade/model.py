@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from saccade import backbone as backbones
-from saccade import distributed, initial, weights
+from saccade import distributed, initial, teachers, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
 from saccade.optim import AdamW, Group, default_groups
 from saccade.provenance import origins
-from saccade.recipe import Coupled, Method, Recipe, Training
-from saccade.settings import PretrainArguments, flag
+from saccade.recipe import Coupled, Evened, Method, Recipe, Training
+from saccade.settings import PretrainArguments
 
 
 def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dict[str, Any]]:
@@ -30,16 +30,11 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
         start = weights.load(init, channels=config.channels) if init else None
         kept = (initial.switches(start) if start else {}) | dict(page.switches)
         switches = config.backbone() | kept
-        backbone = backbones.build(config.arch, image_size=config.image_size, channels=config.channels, **switches)
-        for name, side in config.sides().items():
-            try:
-                _ = backbone.config.model_copy(update={"image_size": side}).grid
-            except SaccadeError as error:
-                raise SaccadeError(error.error, path=flag(name), hint=error.hint) from None
+        backbone = backbones.build_for(config, switches)
         record: dict[str, Any] = {"weights": "random", "seed": config.seed}
         if start:
             record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}
-        method = page.method(config, backbone, {})
+        method = page.method(config, backbone, dict(page.teachers))
         record |= initial.load_decoder(method, backbone, start) if start else {}
         return method, record | {"switches": kept}
 
@@ -60,8 +55,14 @@ class Model:
 
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        self.method, self.initial = build(page, config, arguments.init)
-        self.page = replace(page, switches=self.initial.pop("switches", {}))
+        taught, said = teachers.load(config)
+        self.method, self.initial = build(replace(page, teachers=taught), config, arguments.init)
+        self.page = replace(page, switches=self.initial.pop("switches", {}), teachers=taught)
+        if said:
+            self.initial |= said | {"derived_from": self.initial.get("derived_from", []) + said["derived_from"]}
+        teachers.compare(taught, self.method.encoder(), said)
+        for teacher in taught.values():
+            teacher.to(ranks.device)
         self.method.to(ranks.device)
         if arguments.compile:
             self.method.compile()
@@ -89,6 +90,8 @@ class Model:
             sums = self._replay([next(batches) for _ in range(parts)], now)
         else:
             sums = {}
+            if isinstance(self.method, Evened) and self.method.assign.ahead:
+                batches = iter(self._looked_at([next(batches) for _ in range(parts)], now))
             for part in range(parts):
                 loss, metrics = self._forward(next(batches), now, last=part == parts - 1)
                 self.scaler.scale(loss / parts).backward()
@@ -108,6 +111,13 @@ class Model:
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(now)
         return sums
+
+    @torch.no_grad()
+    def _looked_at(self, parts: list[Batch], now: Tensor) -> list[Batch]:
+        """The micro-batches of a step, of which the teacher has seen each."""
+        for views in parts:
+            self._forward(views, now, True)
+        return parts
 
     def _forward(self, views: Batch, now: Tensor, *more: Any, last: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss; ranks exchange gradients behind the last of a step."""

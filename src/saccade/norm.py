@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saccade import distributed
+
 
 class BatchNorm(nn.Module):
     """Each channel of [N C] or [N C H W] to mean 0 and spread 1 over the batch (arXiv 1502.03167), then scaled.
@@ -114,3 +116,44 @@ class _Normalise(torch.autograd.Function):
         if weight is None:
             dweight = dbias = None
         return dx, None, None, None, dweight, dbias, None
+
+
+class Standard(nn.Module):
+    """Each channel [... D] to mean 0 and spread 1 by what former steps saw: for targets, of which no gradient is asked.
+
+    All batches of a step, on all ranks, are treated alike, so accumulation and ranks change nothing; those of the first
+    step, which has no former one, by their own statistics. `momentum` is what mean and variance keep a step.
+    """
+
+    def __init__(self, width: int, *, momentum: float = 0.99, eps: float = 1e-6):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("variance", torch.zeros(width))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("sums", torch.zeros(2, width), persistent=False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """In the precision of the buffers, float32."""
+        rows = x.to(self.mean.dtype).flatten(0, -2)
+        sums = distributed.total(torch.stack([rows.sum(0), rows.square().sum(0)]))
+        count = len(rows) * distributed.world()  # every rank has an equal share
+        self.sums += sums
+        self.count += count
+        first = self.steps == 0
+        mean = torch.where(first, sums[0] / count, self.mean)
+        variance = torch.where(first, sums[1] / count - mean.square(), self.variance)
+        return ((rows - mean) * (variance.clamp(min=0) + self.eps).rsqrt()).view(x.shape)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Takes this step's statistics in: all of them at first, then an ever smaller part."""
+        self.steps += 1
+        part = torch.clamp(1 / self.steps, min=1 - self.momentum)
+        mean, square = self.sums / self.count.clamp(min=1)
+        self.variance.lerp_(square - mean.square(), part)
+        self.mean.lerp_(mean, part)
+        self.sums.zero_()
+        self.count.zero_()

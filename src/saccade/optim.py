@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -55,18 +55,30 @@ def follow(teacher: nn.Module, student: nn.Module, part: Float[Tensor, ""]) -> N
         torch._foreach_add_(old, torch._foreach_mul(new, part))
 
 
+@torch.no_grad()
+def average(kept: nn.Module, live: nn.Module, part: Float[Tensor, ""]) -> None:
+    """`follow` for a copy that is never run: running statistics go the same part of the way, counts are copied."""
+    follow(kept, live, part)
+    for old, new in zip(kept.buffers(), live.buffers(), strict=True):
+        old.copy_(torch.lerp(old, new, part.to(old.dtype)) if old.is_floating_point() else new)
+
+
 def layer_scales(names: Iterable[str], decay: float) -> dict[str, float]:
     """Layer-wise learning-rate decay for an encoder's parameter names (BEiT, arXiv 2106.08254, appendix).
 
     Embeddings and stems are layer 0, the i-th block is layer i (downsampling belongs to the block after it), what
     follows is layer L + 1; the factor is decay ** (L + 1 - layer).
     """
-    names = list(names)
+    layers, last = layers_of(names)
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def layers_of(names: Iterable[str]) -> tuple[dict[str, int], int]:
+    """The layer of each of an encoder's parameters, as above, and the number of the last one."""
     blocks = {name: _block(name) for name in names}
     places = {block: n for n, block in enumerate(sorted({block for block in blocks.values() if block}), 1)}
     last = len(places) + 1
-    layers = {name: places.get(block, 0 if name.startswith(_FIRST) else last) for name, block in blocks.items()}
-    return {name: decay ** (last - layer) for name, layer in layers.items()}
+    return {name: places.get(block, 0 if name.startswith(_FIRST) else last) for name, block in blocks.items()}, last
 
 
 _FIRST = (
@@ -95,6 +107,16 @@ def default_groups(method: nn.Module, encoder: nn.Module, weight_decay: float, l
         scale = scales[inside[id(parameter)]] if id(parameter) in inside else 1.0
         grouped[scale, decay][name] = parameter
     return [Group(parameters, scale, decay) for (scale, decay), parameters in grouped.items()]
+
+
+def groups_apart(prefix: str, students: nn.ModuleDict, weight_decay: float, layer_decay: float) -> list[Group]:
+    """`default_groups` of several students, each a `backbone` with more, and each clipped for itself."""
+    found = []
+    for name, student in students.items():
+        for group in default_groups(student, student["backbone"], weight_decay, layer_decay):
+            named = {f"{prefix}.{name}.{inner}": parameter for inner, parameter in group.parameters.items()}
+            found.append(replace(group, parameters=named, clip_group=name))
+    return found
 
 
 def student_groups(

@@ -1,6 +1,6 @@
-"""What a run does with texts: it looks through them before its first step, and keeps tokenizer and text tower.
+"""What a run does with texts: it looks through them before its first step, and settles by which tokenizer it reads them.
 
-A run's `text/` holds the tokenizer from the start and the text tower from the end on.
+A run's `tokenizer/` holds it from the start on; the text tower comes out beside the backbone, in its `text/`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ from itertools import islice
 from typing import Any
 
 from jaxtyping import Int
-from torch import Tensor
 
 from saccade.data import Source, Tokenize
 from saccade.distributed import Ranks
 from saccade.draws import Permutation
 from saccade.errors import SaccadeError, Unreadable, say
-from saccade.recipe import Method, Training, Worded
+from saccade.recipe import Training, Worded
 from saccade.run import Run
 from saccade.sources.captions import cleaned
 from saccade.tokenizer import Tokenizer
-from saccade.words import save_words
 
 SEEN = 20_000
 """Samples whose texts are looked through before a run; of more, so many are chosen, always the same."""
-FOLDER = "text"
+FOLDER = "tokenizer"
 _NAMED = 5
 """Of each fault so many samples are named."""
 
@@ -138,15 +136,3 @@ def described(found: dict[str, Any]) -> str:
         names = found["first"][fault]
         parts.append(f"{count} {fault} ({', '.join(islice(names, 2))}{', …' if count > 2 else ''})")
     return "; ".join(parts)
-
-
-def save(method: Method, tensors: dict[str, Tensor], run: Run, record: dict[str, Any]) -> None:
-    """Writes what a method has learned of texts beside the tokenizer, where it has learned something."""
-    words = method.words()
-    if words is None:
-        return
-    inside = {id(tensor): name for name, tensor in words.state_dict(keep_vars=True).items()}
-    held = method.state_dict(keep_vars=True).items()
-    own = {inside[id(tensor)]: tensors[name] for name, tensor in held if id(tensor) in inside}
-    folder = run.path / FOLDER
-    save_words(folder, words.pairing(own, Tokenizer.load(folder)), record)

@@ -14,29 +14,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saccade import heads
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
 from saccade.optim import Group
 from saccade.settings import (
     LENGTHS,
     MaskedDistillation,
+    MultiCrop,
     SelfDistillation,
     SpreadDistillation,
     Training,
     Worded,
     checked,
     flag,
-)
+)  # fmt: skip
 from saccade.words import Words
 
 __all__ = [
-    "Coupled", "Group", "MaskedDistillation", "Method", "Recipe", "SelfDistillation", "SpreadDistillation", "Taught",
-    "Training", "Worded", "configure", "find", "names",
+    "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "MultiCrop", "Recipe", "SelfDistillation",
+    "SpreadDistillation", "Taught", "Training", "Worded", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -46,6 +49,7 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def __init__(self, config: Any, backbone: nn.Module, teachers: dict[str, nn.Module]) -> None:
         super().__init__()
+        self.teachers = dict(teachers)  # in no module's place: neither trained, nor wrapped, nor in a checkpoint
 
     @abstractmethod
     def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
@@ -62,19 +66,23 @@ class Method(nn.Module, ABC):
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
 
     def words(self) -> Words | None:
-        """What is learned of texts, which the run keeps beside its backbone; None where nothing is."""
+        """What is learned of texts, which comes out beside the encoder; None where nothing is."""
         return None
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """What else comes out, by name: each is kept as `backbones/NAME` beside the encoder's `backbone`."""
+        return {}
 
     def groups(self, t: float) -> list[Group] | None:
         """Parameters with their own learning rate, decay or clip group; None for the default grouping."""
         return None
 
-    def chance(self) -> float | None:
-        """The loss of a method that tells nothing apart, such as ln K over K prototypes; None where there is none.
+    def chance(self) -> dict[str, float]:
+        """What metrics are, by name, where nothing is told apart, such as a loss of ln K over K prototypes.
 
-        Where a loss has several parts, that of the part which `forward` logs as `cls_loss`.
+        It is the same in all stages. Where a loss has several parts, `cls_loss` stands for it.
         """
-        return None
+        return {}
 
     def show(self, batch: Batch) -> dict[str, Float[Tensor, "b c h w"]]:
         """Pictures in [0, 1] that the report shows beside the views, by caption: what this method makes of a batch."""
@@ -91,9 +99,49 @@ class Taught(Method):
         """The teacher's backbone: it is ahead of the student's."""
         return self.teacher["backbone"]
 
-    def chance(self) -> float:
-        """Where the student tells nothing apart: ln K."""
-        return math.log(self.config.prototypes)
+    def chance(self) -> dict[str, float]:
+        """ln K, of class tokens' answers and, where patches are hidden, of theirs; whole crops count as zero there."""
+        whole, patches = (
+            math.log(
+                cast(heads.DINOHead, self.teacher[name if name in self.teacher else "head"]).last_layer.out_features
+            )
+            for name in ("head", "patch_head")
+        )
+        if not isinstance(self.config, MaskedDistillation):
+            return {"loss": whole, "teacher_entropy": whole}
+        found = {"cls_loss": whole, "teacher_entropy": whole}
+        if self.config.masked and self.config.patch_weight:
+            found |= {"patch_loss": self.config.masked * patches, "patch_entropy": patches}
+        return found
+
+    @property
+    def assignment(self) -> Literal["centre", "sinkhorn"]:
+        """How the teacher's answers are evened out."""
+        kinds = [part.kind for part in self.modules() if isinstance(part, heads.Assignment)]
+        return kinds[0] if kinds else "centre"
+
+
+class Evened(Taught):
+    """A method whose teacher's answers depend on all samples of a step together (Sinkhorn-Knopp).
+
+    Under gradient accumulation the loop lets the teacher look at all micro-batches before the student learns of the
+    first: the same answers as of one batch.
+    """
+
+    assign: heads.Assignments
+
+    @abstractmethod
+    def learn(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of a batch at `t`, and what is worth logging."""
+
+    def forward(
+        self, batch: Batch, t: Float[Tensor, ""], ahead: bool = False
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss; or, `ahead` of it, nothing but the teacher's look at a micro-batch."""
+        if not ahead:
+            return self.learn(batch, t)
+        self.assign.look(self.teacher, batch["globals"], batch["hide"])
+        return torch.zeros_like(t), {}
 
 
 class Coupled(Method):
@@ -137,15 +185,17 @@ class Recipe:
     """A page of `recipes/`, found by its file name.
 
     `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
+    `teachers` are loaded ones, for all that is built of this run.
     """
 
     name: str
     config: type[Training]
     views: Callable[..., Batch]
-    method: type[Method]
+    method: Callable[..., Method]
     stages: Callable[[Any], list[tuple[float, Any]]]
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,7 +30,7 @@ class Training(Settings):
     steps: int | None = Field(None, ge=1, description="length in optimizer steps")
     epochs: float | None = Field(None, gt=0, description="length in passes over the data")
     minutes: float | None = Field(
-        None, gt=0, description="length in minutes: the first steps are timed, then steps are fixed"
+        None, gt=0, description="length in minutes: some steps of each stage are timed, then steps are fixed"
     )
     batch: int = Field(256, ge=1, description="samples an optimizer step, over all ranks and accumulation together")
     accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
@@ -45,6 +45,10 @@ class Training(Settings):
     )
     clip: float | None = Field(None, gt=0, description="largest gradient norm of a clip group")
     seed: int = Field(0, ge=0, description="every random number follows from it")
+
+    def fitted(self, samples: int) -> Training:
+        """The settings for so many samples to learn from, where some follow from that."""
+        return self
 
     def peak(self) -> float:
         """The highest learning rate."""
@@ -71,6 +75,10 @@ class Training(Settings):
 
     def backbone(self) -> dict[str, Any]:
         """Switches of the ViT that this recipe wants different from the default."""
+        return {}
+
+    def teachers(self) -> dict[str, str | None]:
+        """Trained backbones that this recipe learns from and never moves, by the setting that names each."""
         return {}
 
 
@@ -124,7 +132,11 @@ class SelfDistillation(MultiCrop):
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     clip: float | None = Field(3.0, gt=0, description="largest gradient norm of a clip group")
     drop_path: float = Field(0.1, ge=0, lt=1, description="how often a residual branch of the student is left out")
-    prototypes: int = Field(65536, ge=2, description="width of a head's output")
+    prototypes: int | None = Field(
+        None,
+        ge=2,
+        description="width of a head's output; if not given, what the pictures are enough for (the paper's at most)",
+    )
     hidden: int = Field(2048, ge=1, description="width inside a head")
     head_norm: bool = Field(False, description="batch norm inside a head: for short runs")
     student_temperature: float = Field(0.1, gt=0, description="of the student's softmax")
@@ -134,6 +146,18 @@ class SelfDistillation(MultiCrop):
     momentum: float = Field(0.996, ge=0, le=1, description="what the teacher keeps a step at the start; 1 at the end")
     centre_momentum: float = Field(0.9, ge=0, lt=1, description="what the centre of the teacher's logits keeps a step")
     freeze: float = Field(0.01, ge=0, le=1, description="part of training in which the prototypes stand still")
+
+    most_prototypes: ClassVar[int] = 65536
+
+    def fitted(self, samples: int) -> SelfDistillation:
+        """Without a number of prototypes: the power of two next to an eighth of the samples, from 256 to the paper's.
+
+        On ImageNet, a million pictures, that is DINO's own number; a thousand pictures cannot tell 65,536 apart.
+        """
+        if self.prototypes is not None:
+            return self
+        power = 2 ** round(math.log2(max(samples, 1) / 8))
+        return self.model_copy(update={"prototypes": min(self.most_prototypes, max(256, power))})
 
 
 class MaskedDistillation(SelfDistillation):
@@ -155,6 +179,8 @@ class SpreadDistillation(MaskedDistillation):
     registers: int = Field(0, ge=0, description="register tokens; 4 in the models that have them")
     patch_prototypes: int | None = Field(None, ge=2, description="width of the patches' own head; prototypes if unset")
     bottleneck: int = Field(256, ge=1, description="width that is compared with prototypes")
+    patch_hidden: int | None = Field(None, ge=1, description="width inside the patches' own head; hidden if unset")
+    patch_bottleneck: int | None = Field(None, ge=1, description="its bottleneck; bottleneck if unset")
     queue: int = Field(0, ge=0, description="former large crops beside a step's in Sinkhorn-Knopp, of whole steps")
     koleo_weight: float = Field(0.1, ge=0, description="weight of the loss that spreads embeddings apart")
     koleo_group: int = Field(
@@ -174,11 +200,10 @@ LENGTHS = ("steps", "epochs", "minutes")
 BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published name (name@revision pins it)"
 
 
-class PretrainArguments(Settings):
-    """Learn a representation from unlabelled pictures."""
+class RunArguments(Settings):
+    """What every run can be told, whichever recipe it follows."""
 
     data: WordList = Field(min_length=1, description="folders, list files or tar shards; several are mixed")
-    recipe: str = Field(description="the method, and its variant if wanted: NAME or NAME:VARIANT")
     out: str = Field(description="run directory; the same command on it goes on where it stopped")
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
@@ -187,7 +212,6 @@ class PretrainArguments(Settings):
         None, description="labelled folder: ten times a part held out of its train side, and its test side at the end"
     )
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
-    init: str | None = Field(None, description=f"backbone to start from: {BACKBONE}")
     workers: int | None = Field(
         None, ge=0, description="processes that read and decode; chosen from the cores if not given"
     )
@@ -209,6 +233,39 @@ class PretrainArguments(Settings):
     log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
 
 
+class PretrainArguments(RunArguments):
+    """Learn a representation from unlabelled pictures."""
+
+    recipe: str = Field(description="the method, and its variant if wanted: NAME or NAME:VARIANT")
+    init: str | None = Field(None, description=f"backbone to start from: {BACKBONE}")
+
+
+class AdaptArguments(RunArguments):
+    """Go on from a backbone on your own pictures, and keep the result only where a test says that it is better."""
+
+    start: str = Field(description=f"backbone to go on from: {BACKBONE}")
+    recipe: str | None = Field(
+        None, description="the method; the one nearest to how the backbone was made if not given"
+    )
+    eval: str | None = Field(
+        None, description="labelled folder; of its train side a part chooses the checkpoint and another one judges it"
+    )
+    warm: float = Field(
+        0.3, ge=0, lt=1, description="part of the steps, at most, in which fresh heads learn on a still backbone"
+    )
+    backbone_rate: float = Field(0.05, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
+    anchor_patches: float = Field(
+        1.0, ge=0, description="weight of the distance from the start in how alike the patches of a picture are"
+    )
+    anchor_token: float = Field(1.0, ge=0, description="weight of the distance from the start in the pooled vector")
+    freeze_blocks: int = Field(0, ge=0, description="blocks, and all before them, that never move")
+    looks: int = Field(15, ge=1, description="how often it is evaluated on the way")
+    roll_back: bool = Field(
+        True,
+        description="when the score falls, go back to the best checkpoint at half the rate; end when none gets better",
+    )
+
+
 _SIZE = "side in pixels; the family's own if not given"
 
 
@@ -217,9 +274,10 @@ class EvaluateArguments(Settings):
 
     backbone: Word = Field(description=BACKBONE)
     labelled: Word = Field(
-        description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20"
+        description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20; for "
+        "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt"
     )
-    tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="what to measure: any of these")
+    tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="any of these, or segmentation alone")
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description=_SIZE)
@@ -299,9 +357,13 @@ class TourArguments(Settings):
 S = TypeVar("S", bound=Settings)
 
 
+_SPELLED = {"start": "from"}
+"""What is a word of Python's own, and so has another name there."""
+
+
 def flag(name: str) -> str:
     """A setting as it is spelled on the command line."""
-    return "--" + name.replace("_", "-")
+    return "--" + _SPELLED.get(name, name).replace("_", "-")
 
 
 def words(model: type[Settings]) -> list[str]:
@@ -356,4 +418,7 @@ def from_file(path: str | Path) -> dict[str, Any]:
         raise SaccadeError(f"this is not YAML: {reason}", path=path, hint="one `setting: value` a line") from None
     if not isinstance(content, dict):
         raise SaccadeError("a settings file holds names and values", path=path, hint="one `setting: value` a line")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+    own = {spelled: name for name, spelled in _SPELLED.items()}
+    return {
+        own.get(name, name): value for name, value in ((str(key).replace("-", "_"), content[key]) for key in content)
+    }

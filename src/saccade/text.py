@@ -77,8 +77,8 @@ class TextEncoder(nn.Module):
         blocks = (Block(config.width, config.heads, config.hidden, **switches) for _ in range(config.depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width, config.eps)
-        projects = config.projection is not None
-        self.head = Linear(config.width, config.projection, config.projection_bias) if projects else None
+        out = config.projection
+        self.head = None if out is None else Linear(config.width, out, config.projection_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade import distributed, reading, report, weights
+from saccade import distributed, reading, report, teachers
 from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
@@ -31,11 +31,7 @@ ON_DEVICE = ("pixels", "text")
 
 
 def pretrain(
-    data: str | Path | Source | Sequence[str | Path | Source],
-    *,
-    recipe: str,
-    out: str | Path,
-    **settings: Any,
+    data: str | Path | Source | Sequence[str | Path | Source], *, recipe: str, out: str | Path, **settings: Any
 ) -> Run:
     """Learns a representation from unlabelled data, or goes on with the run that was begun in `out`.
 
@@ -59,24 +55,26 @@ def pretrain(
 class Pretraining:
     """One run: data, stages, the loop over steps, checkpoints, and what is written down at the end."""
 
+    watching: Callable[..., Watch] = Watch
+
     def __init__(self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks):
         self.page, self.config, self.arguments, self.ranks = page, config, arguments, ranks
         self.progress = Progress(config.batch, speak=ranks.first)
         canvases = [stage.canvas() for _, stage in page.stages(config)]
         short = None if None in canvases else max(side for side in canvases if side is not None)
         with ranks.agreed():
-            self.source = open_source(data, short_side=short, channels=config.channels, weights=arguments.weights,
-                                      texts=config.texts())  # fmt: skip
+            as_read: dict[str, Any] = {"short_side": short, "channels": config.channels, "texts": config.texts()}
+            self.source = open_source(data, weights=arguments.weights, **as_read)
             MicroBatches(0, 0, config.batch, config.accumulate, ranks.rank, ranks.world)  # can it be divided?
-        sizes, shares = self.source.parts()
-        self.order = Order(sizes, shares, config.seed)
+        self.config = config.fitted(len(self.source))
+        self.order = Order(*self.source.parts(), config.seed)
         self.run = ranks.from_first(lambda: Run.claim(arguments.out, self._asked()))
         began = ranks.from_first(lambda: self.run.record.get("initial", {}))
         if "revision" in began:  # a published name may mean another commit by now
             self.arguments = arguments.model_copy(update={"init": began["path"]})
         ranks.from_first(self._check_data)
-        self.config, self.tokenize = reading.prepare(self.source, config, self.run, ranks)
-        self.watch = Watch(arguments, self.source, self.run, ranks)
+        self.config, self.tokenize = reading.prepare(self.source, self.config, self.run, ranks)
+        self.watch = self.watching(arguments, self.source, self.run, ranks)
         self.stage = -1
         self.delivered: Tensor | None = None
         self.model: Model
@@ -100,41 +98,42 @@ class Pretraining:
         self.run.note(data=now, sessions=sessions)
 
     def _count_steps(self) -> int:
-        if self.config.steps is not None:
-            return self.config.steps
-        if self.config.epochs is None:
-            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint="or give --epochs or --minutes"))
-        return max(1, round(self.config.epochs * len(self.source) / self.config.batch))
+        steps, epochs = self.config.steps, self.config.epochs
+        if steps is None and epochs is None:
+            raise self.ranks.shared(SaccadeError("how long?", path="--steps", hint="or --epochs, or --minutes"))
+        return steps or max(1, round((epochs or 0) * len(self.source) / self.config.batch))
 
     def _measure_steps(self) -> int:
-        """Times the first steps on a model that is then thrown away; the record remembers, so a run has one length."""
+        """Times some steps of every stage, each weighing its share; the record remembers, so a run has one length."""
         if "steps" in self.run.record:
             return int(self.run.record["steps"])
-        self._load(1_000_000, save=False)
         budget, start = 60 * (self.config.minutes or 0), time.monotonic()
-        times: list[float] = []
-        batches = self._batches(self._deliveries(0, 1_000_000))
-        while not self.ranks.highest(len(times) >= 3 and time.monotonic() - start > min(15, budget / 12)):
-            began = time.monotonic()
-            float(self.model.step(batches, 0.0)["loss"])  # waits for the device
-            times.append(time.monotonic() - began)
-        del batches  # and its workers
-        typical = statistics.median(times[1:])  # the first one warms up
-        left = budget - (time.monotonic() - start)
-        steps = self.ranks.from_first(lambda: max(1, int(left / typical)))
-        self.stage = -1
-        return steps
+        deliveries, stages = self._deliveries(0, 1_000_000), self.page.stages(self.config)
+        kinds = [config for n, (_, config) in enumerate(stages) if config not in [before for _, before in stages[:n]]]
+        seconds = [self._time(config, deliveries, min(15, budget / 12) / len(kinds)) for config in kinds]
+        parts = zip((0.0, *(until for until, _ in stages)), stages, strict=False)
+        typical = sum((until - begin) * seconds[kinds.index(config)] for begin, (until, config) in parts)
+        return self.ranks.from_first(lambda: max(1, int((budget - (time.monotonic() - start)) / typical)))
 
-    def _load(self, steps: int, save: bool = True) -> None:
+    def _time(self, config: Training, deliveries: Iterator[Delivery], patience: float) -> float:
+        """Seconds that a step of a stage typically takes, on a model that is then thrown away."""
+        self.model = Model(self.page, config, self.arguments, self.ranks)
+        batches, times, start = self._batches(deliveries), list[float](), time.monotonic()
+        while not self.ranks.highest(len(times) >= 3 and time.monotonic() - start > patience):
+            began = time.monotonic()
+            float(self.model.step(batches, 0.5)["loss"])  # nothing is frozen half way; waits for the device
+            times.append(time.monotonic() - began)
+        return statistics.median(times[1:])  # the first one warms up
+
+    def _load(self, steps: int) -> None:
         """The model at the newest good checkpoint, or at the start."""
         self.steps = steps
         ends = [round(until * steps) for until, _ in self.page.stages(self.config)]
         if sorted({0, *ends})[1:] != ends:
-            raise self.ranks.shared(SaccadeError(
-                f"{steps} steps leave a stage of {self.page.name} without one", path="--steps", hint="give more"
-            ))  # fmt: skip
+            said = f"{steps} steps leave a stage of {self.page.name} without one"
+            raise self.ranks.shared(SaccadeError(said, path="--steps", hint="give more"))
         self.stages = list(zip(ends, (config for _, config in self.page.stages(self.config)), strict=True))
-        found = self.ranks.from_first(lambda: self.run.newest(self.progress.say)) if save else None
+        found = self.ranks.from_first(lambda: self.run.newest(self.progress.say))
         self.step = found[1]["step"] if found else 0
         self._enter(next(n for n, end in enumerate(ends) if max(self.step, 1) <= end))
         if found:
@@ -142,17 +141,17 @@ class Pretraining:
             if self.model.scaler.is_enabled():
                 self.model.scaler.load_state_dict(found[1]["scaler"])
             self.progress.say(f"going on at step {self.step} of {steps}")
-        if save:
-            place, share = self.run.path / "quarantine.jsonl", self.arguments.max_unreadable
-            self.quarantine = Quarantine(place, share, len(self.source))
-            self._before = self.ranks.from_first(self._begin)
-            self.watch.begin(self.model, steps, self.progress.say)
+        place, share = self.run.path / "quarantine.jsonl", self.arguments.max_unreadable
+        self.quarantine = Quarantine(place, share, len(self.source))
+        self._before = self.ranks.from_first(self._begin)
+        self.watch.begin(self.model, steps, self.progress.say)
 
     def _begin(self) -> float:
         """Puts the directory in order; the seconds of the sessions before."""
         self.run.tidy()
         self.run.rewind(self.step)
-        self.run.note(steps=self.steps, initial=self.model.initial)
+        began = teachers.unchanged(self.run.record.get("initial", {}), self.model.initial)
+        self.run.note(steps=self.steps, initial=began)
         logged = self.run.metrics()
         return logged[-1]["seconds"] if logged else 0.0
 
@@ -180,7 +179,7 @@ class Pretraining:
 
     def _batches(self, deliveries: Iterator[Delivery], note: bool = False) -> Iterator[Batch]:
         """Views on the device, in order; the time spent waiting for data is counted on the way."""
-        config = self.stages[self.stage][1]
+        config = self.model.config
         while True:
             began = time.monotonic()
             delivery = next(deliveries, None)
@@ -204,16 +203,16 @@ class Pretraining:
         self.progress.begin(self.step, self._before)
         self._saved = time.monotonic()
         for stage, (end, _) in enumerate(self.stages):
-            if self.step >= end:
+            if self.step >= end or self.watch.ended:
                 continue
             self._enter(stage)
             batches = self._batches(self._deliveries(self.step, end), note=True)
-            while self.step < end:
+            while self.step < end and not self.watch.ended:
                 metrics = self.model.step(batches, self.step / self.steps)
                 self.step += 1
                 better = self._log(metrics)
                 stop, due = divmod(self.ranks.highest(2 * requests["stop"] + self._due()), 2)
-                if stop or due or better or self.step == self.steps:
+                if self._turn() or stop or due or better or self.step == self.steps:
                     self._values(metrics)  # never save a model that is no longer finite
                     self._save()
                 if better:
@@ -222,6 +221,10 @@ class Pretraining:
                     raise self.ranks.shared(
                         SaccadeError(f"stopped on request at step {self.step} of {self.steps}, and saved",
                                      hint="the same command goes on", code=75))  # fmt: skip
+
+    def _turn(self) -> bool:
+        """After what was seen of a step: whether it was answered by going another way, which is then saved."""
+        return False
 
     def _due(self) -> bool:
         every = self.arguments.save_every
@@ -232,12 +235,8 @@ class Pretraining:
     def _save(self) -> None:
         facts = {"scaler": self.model.scaler.state_dict(), "fingerprint": self.run.record["data"]["fingerprint"]}
         self.run.save(
-            self.step,
-            facts,
-            lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
-            self.ranks,
-            best=self.watch.best["step"] if self.watch.best else None,
-        )
+            self.step, facts, lambda path: distributed.save_tensors(self.model.tensors(), path, self.ranks),
+            self.ranks, best=self.watch.best["step"] if self.watch.best else None)  # fmt: skip
         self._saved = time.monotonic()
 
     def _values(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -260,7 +259,7 @@ class Pretraining:
             self.run.log(entry)
             self.progress.tell(entry, self.steps)
             self.watch.judge(entry)
-        return self.watch.improves({"step": self.step, **seen})
+        return self.watch.improves({"step": self.step, **values, **seen})
 
     def finish(self) -> Run:
         """Writes the backbone, what came out, and the report; every rank gets the finished run."""
@@ -273,14 +272,16 @@ class Pretraining:
         scores = None
         if not self.run.summary:
             if encoder is not None:
-                encoder.record["steps"] = self.steps
-                weights.save_backbone(self.run.path / "backbone", encoder.backbone, encoder.record)
-                reading.save(self.model.method, tensors, self.run, encoder.record)
-                scores = self.watch.examine(encoder)
+                scores = self._hand_over(encoder, tensors)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
             shown = report.shown_by(self.model.page, self.model.config, self.source, tensors)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
+
+    def _hand_over(self, encoder: Encoder, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Writes what comes out; the scores on labelled pictures, if there are any."""
+        self.watch.save(tensors)
+        return self.watch.examine(encoder)
 
     def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
         logged = self.run.metrics()
@@ -288,12 +289,12 @@ class Pretraining:
         evaluations = [{"step": entry["step"], **entry["eval"], "part": "held out of train"}
                        for entry in logged if "eval" in entry]  # fmt: skip
         if scores is not None:
-            evaluations.append({"step": self.steps, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
+            evaluations.append({"step": self.step, "knn": scores["knn"], "linear": scores["linear"], "part": "test"})
         return {
-            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.steps,
+            "run": str(self.run.path), "recipe": self.arguments.recipe, "arch": self.config.arch, "steps": self.step,
             "seconds": last["seconds"], "images_per_second": last["images_per_second"],
             "data_wait": waited(logged), "loss": sum(tail) / len(tail), "eval": evaluations, "best": self.watch.best,
-            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.steps)),
+            "health": self.watch.monitor.summary(), "checkpoint": str(self.run.checkpoints / str(self.step)),
             "report": str(self.run.path / report.REPORT),
             "data_fingerprint": self.run.record["data"]["fingerprint"], "quarantined": len(self.quarantine),
             "memory_gb": last["memory_gb"],

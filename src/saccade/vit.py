@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from saccade.draws import Stream
+from saccade.depth import Kept, kept
 from saccade.errors import SaccadeError, nearest
 from saccade.linear import Linear, attend, linear
 from saccade.settings import Settings
@@ -25,6 +25,7 @@ from saccade.settings import Settings
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 SIZES: dict[str, dict[str, Any]] = {
+    "xs": {"width": 128, "depth": 6, "heads": 2, "hidden": 512},  # ours: minutes on two cores
     "ti": {"width": 192, "depth": 12, "heads": 3, "hidden": 768},
     "s": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536},
     "s+": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "activation": "swiglu"},
@@ -207,14 +208,6 @@ def take(x: Shaped[Tensor, "b n ..."], rows: Rows) -> Shaped[Tensor, "b k ..."]:
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, rows.shape)
 
 
-def stochastic_depth(rows: Int[Tensor, " b"], rates: list[float]) -> Float[Tensor, "b branches"] | None:
-    """Factors of residual branches: 0 with a branch's rate, else 1 / (1 - rate). `rows` are random, one a sample."""
-    if not any(rates):
-        return None
-    rate = torch.tensor(rates, dtype=torch.float64, device=rows.device)
-    return (Stream(rows, 0).uniform(len(rates)) >= rate) / (1 - rate)
-
-
 def initialise(module: nn.Module, kind: Initial) -> None:
     """Set the matrices, biases and norms below `module`: truncated normal of 0.02 (ViT, DINO) or Xavier uniform (MAE).
 
@@ -391,15 +384,30 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else Scale(width, layer_scale)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, drop: Float[Tensor, "b 2"] | None = None
+        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, drop: tuple[Kept, Kept] = (None, None)
     ) -> Tensor:
-        """With `rows`, only those tokens come out: [B K D]. `drop` are factors of the two branches."""
-        x = self._add(take(x, rows), self.ls1(self.attn(self.norm1(x), rope, rows)), drop, 0)
-        return self._add(x, self.ls2(self.mlp(self.norm2(x))), drop, 1)
+        """With `rows`, only those tokens come out: [B K D]. `drop`: which samples each of the two branches is for."""
+        some = None if drop[0] is None else drop[0][0]
+        turned = None if rope is None else tuple(part if len(part) == 1 else _some(part, some) for part in rope)
+        asked = _some(rows, some) if isinstance(rows, Tensor) else rows
+        branch = self.ls1(self.attn(self.norm1(_some(x, some)), turned, asked))
+        x = self._add(take(x, rows), branch, drop[0])
+        some = None if drop[1] is None else drop[1][0]
+        return self._add(x, self.ls2(self.mlp(self.norm2(_some(x, some)))), drop[1])
 
     @staticmethod
-    def _add(x: Tensor, branch: Tensor, drop: Tensor | None, number: int) -> Tensor:
-        return x + branch if drop is None else torch.addcmul(x, branch, drop[:, number, None, None].to(branch.dtype))
+    def _add(x: Tensor, branch: Tensor, drop: Kept) -> Tensor:
+        if drop is None:
+            return x + branch
+        some, factors = drop
+        factors = factors[:, None, None].to(branch.dtype)
+        if some is None:
+            return torch.addcmul(x, branch, factors)
+        return x.index_add(0, some, (branch * factors).to(x.dtype))
+
+
+def _some(x: Shaped[Tensor, "b ..."], samples: Tensor | None) -> Shaped[Tensor, "k ..."]:
+    return x if samples is None else x.index_select(0, samples)
 
 
 class AttentionPool(nn.Module):
@@ -626,12 +634,13 @@ class ViT(nn.Module):
         keep: patches that are seen, by index into the grid; the others cost nothing.
         hide: patches that become the mask token.
         tokens: what the last block computes: everything, one kind, or the class token and these patches by index.
-        drop: factors of each sample's residual branches, two a block (`stochastic_depth`).
+        drop: factors of each sample's residual branches, two a block (`stochastic_depth`); best on the CPU (`kept`).
         stretch: factors of RoPE's coordinates, one a block (DINOv3's augmentation in training).
         norm: stands for the last norm where only the class token is computed (DINOv3's, of small crops in training).
         """
         x, rope, positions, grid = self._enter(images, keep, hide)
-        drops = [None] * len(self.blocks) if drop is None else drop.split(2, 1)
+        branches = [None] * self.branches if drop is None else kept(drop, x.device)
+        drops = list(zip(branches[::2], branches[1::2], strict=True))
         ropes = [rope] * len(self.blocks) if stretch is None else [self._rope(grid, keep, by) for by in stretch]
         for block, turned, dropped in zip(self.blocks[:-1], ropes, drops, strict=False):
             x = block(x, turned, drop=dropped)

@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
-from saccade import distributed, health, weights
+from saccade import distributed, health, reading, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
-from saccade.encoder import Encoder
+from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import evaluate
 from saccade.evaluate.live import Live
 from saccade.model import Model, build
-from saccade.recipe import Training
+from saccade.recipe import Method, Training
 from saccade.run import Run, verify
 from saccade.settings import PretrainArguments
+from saccade.tokenizer import Tokenizer
+from saccade.words import NAMES
 
 EVALUATIONS = 10
 """How often a run is evaluated on labelled pictures, the last time at its end; before that once, when the rate of its
 first step was 0: the untrained network, without which the others say little."""
-MEASURE = "linear"
-"""The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
 
 class Watch:
@@ -41,6 +41,9 @@ class Watch:
     A look sees a hundredth of the pictures that are trained on until the next one. All ranks look together, because a
     sharded encoder is gathered; the first one measures.
     """
+
+    measure = "linear"
+    """The number that says which checkpoint is best: the linear probe on the pictures that are held out of train."""
 
     def __init__(self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks):
         self.arguments, self.source, self.run, self.ranks = arguments, source, run, ranks
@@ -54,26 +57,41 @@ class Watch:
         self._count = min(256, max(64, config.batch // 2))
         self._every = max(50, -(-75 * self._count // config.batch))
         self._rows = min(10_000, max(1_000, steps * config.batch // 100))
-        self._evaluations = set[int]()
-        if self.arguments.eval is not None:
-            self._evaluations = {max(1, round(n * steps / EVALUATIONS)) for n in range(EVALUATIONS + 1)}
+        self._evaluations = self.schedule()
         warmup = round(config.warmup * steps)
         self._special = {1, warmup, steps}  # the untrained network, the highest rate, the end
         self.monitor = health.Monitor(model.method.chance(), warmup, len(self.source))
         self.enter(config)
         self.best = self.ranks.from_first(self._recall)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run ends before its last step."""
+        return False
+
+    def schedule(self) -> set[int]:
+        """The steps that are evaluated."""
+        count = EVALUATIONS if self.arguments.eval is not None else -1
+        return {max(1, round(n * self.steps / EVALUATIONS)) for n in range(count + 1)}
+
     def enter(self, config: Training) -> None:
         """A stage begins: a copy of its encoder, and pictures at its size."""
         method, _ = build(self.page, config, None)
         network = method.encoder()
-        inner = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
-        held = method.state_dict(keep_vars=True).items()
-        self._names = {inner[id(tensor)]: name for name, tensor in held if id(tensor) in inner}
+        self._names = {f"backbone.{inner}": name for inner, name in _held(method, network).items()}
+        self._more = {name: (other, _held(method, other)) for name, other in method.encoders().items()}
         self.encoder, self._pictures = None, None
         if isinstance(network, Backbone):
             self.encoder = Encoder(network, self._record(config)).eval()
+            self._add_words(method)
             self.ranks.from_first(self._open)
+
+    def _add_words(self, method: Method) -> None:
+        """What is learned of texts is a part of the encoder."""
+        words = method.words()
+        if words is not None and self.encoder is not None:
+            self.encoder.text = words.pairing(Tokenizer.load(self.run.path / reading.FOLDER)).eval()
+            self._names |= {f"text.{NAMES.get(inner, inner)}": name for inner, name in _held(method, words).items()}
 
     def _record(self, config: Training) -> dict[str, Any]:
         known = self.run.record
@@ -87,9 +105,13 @@ class Watch:
         self.encoder.to(self.ranks.device)
         self._pictures = health.choose(self.source, self.encoder.preprocess, self._count)
         self._distinct = 0 if self._pictures is None else health.distinct(self._pictures)
-        if self._evaluations:
-            assert self.arguments.eval is not None
-            self._live = Live(self.arguments.eval, self.arguments.group_by, self.encoder.preprocess, self._rows)
+        if self._evaluations and self.arguments.eval is not None:
+            self._live = self.labelled(self.encoder.preprocess)
+
+    def labelled(self, preprocess: Preprocess) -> Live:
+        """The labelled pictures to look at."""
+        assert self.arguments.eval is not None
+        return Live(self.arguments.eval, self.arguments.group_by, preprocess, self._rows)
 
     def due(self, step: int) -> bool:
         """Whether this step is looked at."""
@@ -107,8 +129,14 @@ class Watch:
             return None
         live = model.method.state_dict()
         tensors = distributed.whole({inner: live[name] for inner, name in self._names.items()})
-        self.encoder.backbone.load_state_dict(tensors)
+        self._fill(tensors)
         return self.encoder
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        """Puts tensors into the copy of the encoder; what compares texts has one element there, and no axis."""
+        assert self.encoder is not None
+        own = self.encoder.state_dict()
+        self.encoder.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in tensors.items()})
 
     def _measure(self, step: int, delivered: Tensor | None) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -122,7 +150,11 @@ class Watch:
             found |= {"pictures": len(self._pictures), "distinct": self._distinct}
         if step not in self._evaluations:
             return {"health": found}
-        return {"health": found, "eval": self._live.measure(self.encoder)}
+        return {"health": found, "eval": self.evaluated(self.encoder)}
+
+    def evaluated(self, encoder: Encoder) -> dict[str, Any]:
+        """The `eval` of a line."""
+        return self._live.measure(encoder)
 
     def examine(self, encoder: Encoder) -> dict[str, Any] | None:
         """The result of `evaluate` on the labelled data, which reads test; None where there are none."""
@@ -151,18 +183,29 @@ class Watch:
 
     def improves(self, entry: dict[str, Any]) -> bool:
         """Whether this line holds the best evaluation so far; then `best` says so."""
-        value = entry.get("eval", {}).get(MEASURE)
+        value = entry.get("eval", {}).get(self.measure)
         if value is None or (self.best is not None and value <= self.best["value"]):
             return False
-        self.best = {"step": entry["step"], "measure": f"{MEASURE}, on a part held out of train", "value": value}
+        self.best = {"step": entry["step"], "measure": f"{self.measure}, on a part held out of train", "value": value}
         return True
 
     def keep(self) -> None:
         """Writes `best/`, what `load` reads, and marks the best checkpoint in the record."""
         assert self.encoder is not None and self.best is not None
         record = {**self.encoder.record, "steps": self.best["step"]}
-        weights.save_backbone(self.run.path / "best", self.encoder.backbone, record)
+        weights.save_backbone(self.run.path / "best", self.encoder.backbone, record, self.encoder.text)
         self.run.note(best=self.best)
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        """Writes `backbone/` at the end, and what else comes out as `backbones/NAME/`; `tensors` are the method's."""
+        assert self.encoder is not None
+        self.encoder.record["steps"] = self.steps
+        folder, encoder = self.run.path / "backbone", self.encoder
+        weights.save_backbone(folder, encoder.backbone, encoder.record, encoder.text)
+        for name, (network, names) in self._more.items():
+            network.load_state_dict({inner: tensors[held] for inner, held in names.items()})
+            folder = self.run.path / "backbones" / name.replace("/", "-")
+            weights.save_backbone(folder, network, self.encoder.record | {"arch": name})
 
     def _recall(self) -> dict[str, Any] | None:
         """What the lines say of health and of the best checkpoint. A `best/` of another step is written anew."""
@@ -190,7 +233,7 @@ class Watch:
         entries = distributed.metadata(checkpoint).state_dict_metadata.items()
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
         distributed.load_tensors(tensors, checkpoint, Ranks(0, 1, torch.device("cpu")))
-        self.encoder.backbone.load_state_dict({inner: tensors[f"method/{name}"] for inner, name in self._names.items()})
+        self._fill({inner: tensors[f"method/{name}"] for inner, name in self._names.items()})
 
 
 def _steps_of(backbone: Path) -> int | None:
@@ -199,3 +242,10 @@ def _steps_of(backbone: Path) -> int | None:
         return int(json.loads((backbone / weights.CONFIG).read_text(encoding="utf-8"))["record"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _held(method: Method, network: nn.Module) -> dict[str, str]:
+    """By the names of a network's tensors those that they have in the method that holds it."""
+    inner = {id(tensor): name for name, tensor in network.state_dict(keep_vars=True).items()}
+    held = method.state_dict(keep_vars=True).items()
+    return {inner[id(tensor)]: name for name, tensor in held if id(tensor) in inner}

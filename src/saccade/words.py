@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from blake3 import blake3
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from saccade.errors import SaccadeError
 from saccade.linear import Linear
 from saccade.settings import Worded
 from saccade.text import Pairing, TextConfig, TextEncoder
 from saccade.tokenizer import Tokenizer
 
-FORMAT = "saccade text 1"
+NAMES = {"scale": "logit_scale", "bias": "logit_bias"}
+"""Parameters that are called otherwise where texts and pictures are compared for use."""
 
 
 class Words(nn.Module):
@@ -73,49 +65,13 @@ class Words(nn.Module):
         own = self.scale.to_local() if isinstance(self.scale, DTensor) else self.scale
         own.clamp_(max=math.log(factor))
 
-    def pairing(self, tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> Pairing:
-        """The same for use, with these weights: those of this module, gathered."""
+    def pairing(self, tokenizer: Tokenizer) -> Pairing:
+        """The same for use: the same weights, by the names and shapes that a `Pairing` has them."""
         with torch.device("meta"):
             tower = TextEncoder(self.tower.config)
             width = None if self.projection is None else self.projection.in_features
             made = Pairing(tower, tokenizer, width, bias=self.bias is not None)
-        named = {"scale": "logit_scale", "bias": "logit_bias"}
-        own = {named.get(name, name): x.reshape(()) if name in named else x for name, x in tensors.items()}
-        made.load_state_dict(own, assign=True)
+        shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
+        own = {NAMES.get(name, name): tensor for name, tensor in self.state_dict().items()}
+        made.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in own.items()}, assign=True)
         return made
-
-
-def save_words(folder: Path, pairing: Pairing, record: dict[str, Any]) -> None:
-    """Writes model.safetensors, config.json and the tokenizer's files. `record` is that of the pictures' backbone."""
-    assert pairing.tokenizer is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    pairing.tokenizer.save(folder)
-    new = folder / "model.safetensors.new"
-    save_file({name: x.detach().cpu().contiguous() for name, x in pairing.state_dict().items()}, new)
-    config = {
-        "format": FORMAT,
-        "text": pairing.tower.config.model_dump(mode="json"),
-        "projection": None if pairing.projection is None else pairing.projection.in_features,
-        "bias": pairing.logit_bias is not None,
-        "weights": {"blake3": blake3(new.read_bytes()).hexdigest(), "bytes": new.stat().st_size},
-        "record": record,
-    }
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(new, folder / "model.safetensors")
-    os.replace(folder / "config.json.new", folder / "config.json")
-
-
-def load_words(folder: Path) -> Pairing:
-    """What `save_words` wrote. Raises `SaccadeError` for what is missing, damaged, or no such folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        content = (folder / "model.safetensors").read_bytes()
-        if config["format"] != FORMAT or config["weights"]["blake3"] != blake3(content).hexdigest():
-            raise ValueError("it is not what was saved")
-        with torch.device("meta"):
-            tower = TextEncoder(TextConfig(**config["text"]))
-            made = Pairing(tower, Tokenizer.load(folder), config["projection"], bias=config["bias"])
-        made.load_state_dict(load(content), assign=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise SaccadeError(f"{folder} holds no readable text tower: {error}", path=folder) from None
-    return made.eval()

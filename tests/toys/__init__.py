@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import saccade
 from toys.sources import Bands, Clips, Pairs, Pictures, Texts, Toy
 
 RECIPES = str(Path(__file__).parent / "recipes")
@@ -45,6 +50,8 @@ _SMALL: dict[str, dict[str, Any]] = {
     "dinov3": _DISTILLED
     | {"lr": 0.001, "layer_scale": 0.5, "koleo_group": 4, "queue": 32, "warmup": 0.1, "steps": 8}
     | {"anchor": 0.13, "gram": 0.25, "refresh": 0.125, "high": 0.88},
+    "distil": {"learn": "heads", "local_crops": 2, "local_size": 16, "colour": 0.5, "layer_scale": 0.5, "lr": 0.01}
+    | {"queue": 32, "warmup": 0.1, "teacher_scale": 1.5},
     "mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3},
     # with easy views: batches of 8 to 32 leave little to tell a picture by; lr as on a convnet, below
     "simclr": {
@@ -73,6 +80,16 @@ def source(case: str) -> Toy:
 def small(case: str) -> dict[str, Any]:
     """Settings with which the recipe runs in a moment; a case is a recipe, or RECIPE-on-a-convnet."""
     recipe, convnet, _ = case.partition("-on-a-convnet")
+    taught = {"teacher": teacher()} if recipe == "distil" else {}
     shape = {} if recipe in SOURCES else {"arch": CONVNET if convnet else "vit-ti/8", "image_size": 32}
     lr = 0.001 if convnet else 0.01  # batch norm over eight samples magnifies rounding, the more the longer the steps
-    return {**shape, "batch": 8, "steps": 6, "lr": lr, **_SMALL.get(recipe, {})}
+    return {**shape, "batch": 8, "steps": 6, "lr": lr, **taught, **_SMALL.get(recipe, {})}
+
+
+def teacher() -> str:
+    """A run of dinov2 with both its heads, to learn from; made once for all processes that come of this one."""
+    if "SACCADE_TOY_TEACHER" not in os.environ:
+        out = os.environ["SACCADE_TOY_TEACHER"] = tempfile.mkdtemp(prefix="saccade-toy-")
+        atexit.register(shutil.rmtree, out, ignore_errors=True)
+        saccade.pretrain(Pictures(16), recipe="dinov2", out=out, workers=0, **small("dinov2") | {"steps": 2})
+    return os.environ["SACCADE_TOY_TEACHER"]

@@ -75,14 +75,14 @@ def _become(rank: int, port: int, said: Path, request: dict[str, Any]) -> None:
 
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
-    faulthandler.dump_traceback_later(100)
+    faulthandler.dump_traceback_later(290)
     if request["world"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(request["world"]), LOCAL_RANK=str(rank),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     code = 0
     try:
         settings = {"workers": 0, "log_every": 1, "save_every": "3", **request["settings"]}
-        pretrain(request["data"], recipe="growing", out=request["out"], **settings)
+        pretrain(request["data"], out=request["out"], **{"recipe": "growing", **settings})
     except SaccadeError as mistake:
         if not mistake.said_elsewhere:
             print(f"saccade: {mistake}", file=sys.stderr)
@@ -124,7 +124,7 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
-        hung = time.monotonic() - began > 120
+        hung = time.monotonic() - began > 300
         if hung or (stop and not stopped and _moment(out, stop, began)):
             stopped, number = True, signal.SIGKILL if hung else getattr(signal, (stop or {}).get("signal", "SIGKILL"))
             for child in set(ranks) - codes.keys():
@@ -142,6 +142,8 @@ if __name__ == "__main__":
     import saccade.recipes.growing
 
     import saccade.train
+    from saccade import vit
 
+    vit.SIZES["7b"] |= {"width": 48, "depth": 3, "heads": 3, "hidden": 96}  # narrowed, with the same switches
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)

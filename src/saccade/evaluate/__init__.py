@@ -22,7 +22,7 @@ from saccade.data import Source
 from saccade.embed import device, encoder_of, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
-from saccade.evaluate import few_label, knn, linear
+from saccade.evaluate import few_label, knn, linear, segmentation
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
@@ -31,7 +31,8 @@ from saccade.evaluate.splits import set_apart
 __all__ = ["evaluate"]
 
 TASKS = ("knn", "linear", "few-label")
-LATER = ("segmentation", "retrieval", "zero-shot")
+ON_MASKS = ("segmentation",)
+LATER = ("retrieval", "zero-shot")
 
 
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of a backbone on labelled pictures, in percent; the keys are those of `saccade evaluate --json`.
 
+    The task `segmentation` reads masks (PART/images/X.jpg, PART/masks/X.png, classes.txt) and stands alone.
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
     `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
@@ -61,14 +63,17 @@ def evaluate(
     there(labelled)
     started = time.perf_counter()
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
+    name = str(backbone if not isinstance(backbone, Encoder) else encoder.record.get("path", "an encoder in memory"))
+    if tuple(tasks) == ON_MASKS:
+        found = segmentation.evaluate(encoder, labelled, group_by=group_by, seed=seed, baselines=baselines)
+        return _written({"backbone": name, "data": str(labelled), **found}, out)
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)
     extracted = extract(encoder, data, baselines=baselines, seed=seed, workers=workers)
     read = time.perf_counter() - started
     exam = _exam(data, extracted, labels, seed)
-    scores = {name: _score(vectors, exam, _asked(name, tasks)) for name, vectors in extracted.features.items()}
-    name = backbone if not isinstance(backbone, Encoder) else encoder.record.get("path", "an encoder in memory")
+    scores = {who: _score(vectors, exam, _asked(who, tasks)) for who, vectors in extracted.features.items()}
     result = {
-        "backbone": str(name),
+        "backbone": name,
         "data": "a source in memory" if isinstance(labelled, Source) else str(labelled),
         **_report(scores, exam, tasks),
         **(
@@ -88,6 +93,10 @@ def evaluate(
         "images_per_second": round((len(extracted.train) + len(extracted.test)) / max(read, 1e-9), 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    return _written(result, out)
+
+
+def _written(result: dict[str, Any], out: str | Path | None) -> dict[str, Any]:
     if out is not None:
         new = Path(f"{out}.new")
         new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -105,9 +114,13 @@ def _check_tasks(tasks: Sequence[str], labels: Sequence[int]) -> None:
         raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
     for task in tasks:
         if task in LATER:
-            raise SaccadeError(f"the task {task!r} comes later", path="--tasks", hint=f"there are: {', '.join(TASKS)}")
-        if task not in TASKS:
-            raise SaccadeError(f"there is no task {task!r}", path="--tasks", hint=nearest(task, TASKS))
+            raise SaccadeError(
+                f"the task {task!r} comes later", path="--tasks", hint=f"there are: {', '.join(TASKS + ON_MASKS)}"
+            )
+        if task not in TASKS + ON_MASKS:
+            raise SaccadeError(f"there is no task {task!r}", path="--tasks", hint=nearest(task, TASKS + ON_MASKS))
+    if "segmentation" in tasks and tuple(tasks) != ON_MASKS:
+        raise SaccadeError("segmentation reads masks, the other tasks classes", path="--tasks", hint="ask for it alone")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Test is never read here: what is chosen by these numbers, such as the best check
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +19,54 @@ from saccade.embed import Tokens, examining, read_pictures
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
 from saccade.evaluate import knn, linear
-from saccade.evaluate.labelled import SHARE, read_labelled
+from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
 
 MEMORY = 1 << 28
 """Bytes of pictures that are kept decoded, at most."""
 
 
-class Live:
-    """Labelled pictures, four fifths of them to learn from and the rest, of other groups, to examine.
+Parts = tuple[np.ndarray, np.ndarray]
+"""Rows to learn from, and rows to examine."""
 
-    Both come from the train side; the held-out part is the one that `evaluate` chooses penalties on. At most `rows`
-    pictures, a fixed choice, are read, at the first measurement, and kept. Raises `SaccadeError` for data without
-    labels or with a train side that cannot be divided.
+
+def held_out(data: Labelled) -> Parts:
+    """The train side, and of it the part that `evaluate` chooses penalties on."""
+    apart = set_apart(data.names(data.train), SHARE, "hold-out")
+    return data.train[~apart], data.train[apart]
+
+
+class Live:
+    """Labelled pictures to learn from, and others, of other groups, to examine; both from the train side.
+
+    `divide` says which. At most `rows` pictures, a fixed choice, are read, at the first measurement, and kept. Raises
+    `SaccadeError` for data without labels or with a train side that cannot be divided.
     """
 
-    def __init__(self, labelled: str | Path | Source, group_by: str | None, preprocess: Preprocess, rows: int):
+    def __init__(
+        self,
+        labelled: str | Path | Source,
+        group_by: str | None,
+        preprocess: Preprocess,
+        rows: int,
+        divide: Callable[[Labelled], Parts] = held_out,
+    ):
         data = read_labelled(labelled, group_by, preprocess.canvas, preprocess.channels)
-        apart = set_apart(data.names(data.train), SHARE, "hold-out")
+        learn, held = divide(data)
         rows = min(rows, MEMORY // (preprocess.channels * preprocess.crop**2))
-        learn, held = data.train[~apart], data.train[apart]
-        self._rows = [*_some(learn, round(rows * (1 - SHARE))), *_some(held, round(rows * SHARE))]
+        share = len(held) / (len(learn) + len(held))
+        self._rows = [*_some(learn, round(rows * (1 - share))), *_some(held, round(rows * share))]
         self._held = set(held.tolist())
         self._data, self._preprocess = data, preprocess
         self._pictures: list[Shaped[Tensor, "b c s s"]] = []
         self._read: list[int] = []
+        self.examined = 0
+        """How many pictures the last measurement examined."""
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return len(self._data.classes)
 
     def _decode(self) -> None:
         for found in read_pictures(self._data.source, [self._preprocess], rows=self._rows, batch=64, words="reading"):
@@ -52,21 +76,38 @@ class Live:
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
         """`knn` and `linear` in percent of the held-out pictures, on the vector that the family pools."""
+        vectors, labels, apart = self._look(encoder)
+        if not torch.isfinite(vectors).all():
+            return {"knn": 0.0, "linear": 0.0}
+        _, accuracy = linear.choose_penalty(vectors, labels, len(self._data.classes), apart)
+        return {"knn": 100 * self._right(vectors, labels, apart).double().mean().item(), "linear": accuracy}
+
+    def right(self, encoder: Encoder) -> tuple[np.ndarray, list[str]]:
+        """Which of the held-out pictures k-NN gets right, Bool[n], and the group (or key) of each."""
+        vectors, labels, apart = self._look(encoder)
+        names = self._data.names(np.array(self._read)[apart])
+        if not torch.isfinite(vectors).all():
+            return np.zeros(len(names), dtype=bool), names
+        return self._right(vectors, labels, apart).cpu().numpy(), names
+
+    def _look(self, encoder: Encoder) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Vectors and labels of all pictures, and which of them are held out."""
         if not self._pictures:
             self._decode()
         labels = torch.from_numpy(self._data.labels[self._read]).to(encoder.device)
         apart = np.array([row in self._held for row in self._read])
         if apart.all() or not apart.any() or len(labels[torch.from_numpy(~apart)].unique()) < 2:
             raise SaccadeError("too few labelled pictures could be read", path="--eval", code=1)
+        self.examined = int(apart.sum())
         with examining(encoder) as look:
             tokens: Tokens = "cls" if encoder.backbone.config.pooling == "cls" else "patches"
             vectors = torch.cat([encoder.embedding(look(part, tokens=tokens)).float() for part in self._pictures])
-        vectors, classes, held = vectors.clone(), len(self._data.classes), torch.from_numpy(apart).to(vectors.device)
-        if not torch.isfinite(vectors).all():
-            return {"knn": 0.0, "linear": 0.0}
-        guess = knn.predict(vectors[~held], labels[~held], vectors[held], classes)
-        _, accuracy = linear.choose_penalty(vectors, labels, classes, apart)
-        return {"knn": 100 * (guess == labels[held]).double().mean().item(), "linear": accuracy}
+        return vectors.clone(), labels, apart
+
+    def _right(self, vectors: Tensor, labels: Tensor, apart: np.ndarray) -> Tensor:
+        held = torch.from_numpy(apart).to(vectors.device)
+        guess = knn.predict(vectors[~held], labels[~held], vectors[held], len(self._data.classes))
+        return guess == labels[held]
 
 
 def _some(rows: np.ndarray, count: int) -> list[int]:

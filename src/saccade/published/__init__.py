@@ -169,7 +169,8 @@ class Family:
     gives further ones from our names' shapes and the config.json, of a convnet all that tensors tell. `signs` are
     regular expressions for a file's or folder's name, which decide where two families have the same tensors. `figures`
     are top-1 on ImageNet-1k in percent, frozen, by size, as `figures_source` states them: `knn`, `linear` (on the class
-    token unless said), `linear_real` (on the labels of ImageNet-ReaL).
+    token unless said), `linear_real` (on the labels of ImageNet-ReaL). `recipe`: the one of ours that goes on as it was
+    made, or nearest to it; None where none does.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Family:
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     figures_source: str | None = None
     decoder: Decoder | None = None
+    recipe: str | None = None
 
 
 class Sorted(NamedTuple):

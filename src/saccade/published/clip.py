@@ -135,4 +135,5 @@ FAMILY = Family(
     preprocess=Prepared(resize=224),
     read=_read,
     signs=("clip",),
+    recipe="dino",
 )

@@ -73,4 +73,5 @@ FAMILY = Family(
         "vit-b/8": {"knn": 77.4, "linear": 80.1},
     },
     figures_source="README of facebookresearch/dino; linear on the last layers' class tokens",
+    recipe="dino",
 )

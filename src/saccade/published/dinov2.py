@@ -167,4 +167,5 @@ FAMILY = Family(
         "vit-g/14-registers": {"knn": 83.7, "linear": 87.1},
     },
     figures_source="README of facebookresearch/dinov2",
+    recipe="dinov2",
 )

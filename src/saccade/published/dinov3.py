@@ -166,4 +166,5 @@ FAMILY = Family(
         "vit-7b/16": {"linear": 88.4, "linear_real": 90.4},
     },
     figures_source="model card of facebookresearch/dinov3, and arXiv 2508.10104 for 88.4",
+    recipe="dinov3",
 )

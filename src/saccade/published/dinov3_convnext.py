@@ -74,4 +74,5 @@ FAMILY = Family(
     preprocess=Prepared(224, 224, "bilinear", square=True),
     read=read,
     signs=("dinov3",),
+    recipe="dino",
 )

@@ -52,4 +52,5 @@ FAMILY = Family(
         "vit-l/16": {"knn": 78.0, "linear": 81.0},
     },
     figures_source="README of bytedance/ibot, trained on ImageNet-1k",
+    recipe="ibot",
 )

@@ -75,4 +75,5 @@ FAMILY = Family(
         "vit-h/16-448": {"linear": 81.1},
     },
     figures_source="arXiv 2301.08243, table 1, trained on ImageNet-1k",
+    recipe="dino",
 )

@@ -96,4 +96,5 @@ FAMILY = Family(
     },
     figures_source="arXiv 2111.06377, of the encoders trained on normalised pixels",
     decoder=DECODER,
+    recipe="mae",
 )

@@ -42,4 +42,5 @@ FAMILY = Family(
         "vit-b/16": {"linear": 76.7},
     },
     figures_source="README of facebookresearch/moco-v3",
+    recipe="simclr",
 )

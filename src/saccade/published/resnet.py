@@ -149,7 +149,12 @@ def _trained(
 ) -> Family:
     """A family whose tensors are torchvision's by name."""
     licence_name, url, terms = licence
-    facts: dict[str, Any] = {"namings": {"torchvision": TORCHVISION}, "data": "ImageNet-1k", **others}
+    facts: dict[str, Any] = {
+        "namings": {"torchvision": TORCHVISION},
+        "data": "ImageNet-1k",
+        "recipe": "simclr",
+        **others,
+    }
     return replace(
         FAMILY,
         name=name,
@@ -162,7 +167,7 @@ def _trained(
     )
 
 
-DINO = _trained("dino-resnet", APACHE, "dino(?!v)", _bottlenecks("dino_resnet50_pretrain"))
+DINO = _trained("dino-resnet", APACHE, "dino(?!v)", _bottlenecks("dino_resnet50_pretrain"), recipe="dino")
 SWAV = _trained(
     "swav",
     CC_BY_NC,

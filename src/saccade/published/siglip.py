@@ -238,4 +238,5 @@ FAMILY = Family(
     preprocess=Prepared(interpolation="bilinear", square=True),
     read=_read,
     signs=("siglip",),
+    recipe="dino",
 )

@@ -97,4 +97,5 @@ FAMILY = Family(
     preprocess=Prepared(interpolation="bilinear", square=True),
     read=SIGLIP.read,
     signs=("naflex",),
+    recipe="dino",
 )

@@ -77,9 +77,9 @@ class Method(recipe.Coupled):
         """The text tower, and both ways into the shared space."""
         return self.pairing
 
-    def chance(self) -> float:
+    def chance(self) -> dict[str, float]:
         """The loss when every text fits every picture alike."""
-        return math.log(self.config.batch)
+        return {"loss": math.log(self.config.batch)}
 
     def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b 2 d"]:
         """Pictures and texts in the shared space."""

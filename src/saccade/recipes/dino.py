@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from saccade import augment, distributed, heads, optim, recipe, vit
+from saccade import augment, depth, distributed, heads, optim, recipe
 from saccade.data import Batch
 from saccade.draws import Draws
 
@@ -66,7 +66,7 @@ class Method(recipe.Taught):
         crops = [batch[name] for name in ("globals", "locals") if name in batch]
         backbone, samples, target = self.student["backbone"], len(crops[0]) // 2, self.target(crops[0], t)
         rates, rows = backbone.drop_rates(self.config.drop_path), batch["drop"].split([len(crop) for crop in crops])
-        pooled = [backbone.pooled(x, drop=vit.stochastic_depth(r, rates)) for x, r in zip(crops, rows, strict=True)]
+        pooled = [backbone.pooled(x, drop=depth.stochastic_depth(r, rates)) for x, r in zip(crops, rows, strict=True)]
         logits = self.student["head"](torch.cat(pooled)).unflatten(0, (-1, samples))
         loss = heads.cross_view(logits, target.unflatten(0, (-1, samples)), self.config.student_temperature)
         return loss, heads.concentration(target)

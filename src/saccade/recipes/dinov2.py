@@ -64,7 +64,7 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     return made | {"hide": masking.block_masks(config, draws, made["globals"], spread=True, fill=False)}
 
 
-class Method(recipe.Taught):
+class Method(recipe.Evened):
     """Student and teacher, each a backbone with one head or two."""
 
     def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
@@ -80,7 +80,7 @@ class Method(recipe.Taught):
         """Backbone and heads are clipped apart, decay rises, and the prototypes stand still at first."""
         return optim.student_groups(self.student, t, self.config, clip="part", patch_embed=self.config.patch_embed_rate)
 
-    def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def learn(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Cross-entropy of every view's prototypes to the teacher's, of every hidden patch's in its view, and KoLeo."""
         config, hide = self.config, batch["hide"]
         sharp = optim.linear(t, config.first_temperature, config.teacher_temperature, config.temperature_warmup)

@@ -52,8 +52,9 @@ class Config(recipe.SpreadDistillation):
         return 0.6 if t >= self.gram else min(1.0, t / max(self.warmup, 1e-12))
 
     def backbone(self) -> dict[str, Any]:
-        """As released: rotated positions, registers, keys without bias."""
-        rope = {"position": "rope", "eps": 1e-5, "qkv_bias": "k_masked", "mask_token": True}
+        """As released: rotated positions, registers, keys without bias (the 7B: nor queries and values)."""
+        bias = vit.SIZES[vit.parse(self.arch)[0]].get("qkv_bias", "k_masked")
+        rope = {"position": "rope", "eps": 1e-5, "qkv_bias": bias, "mask_token": True}
         return {"layer_scale": self.layer_scale, "registers": self.registers, **rope}
 
     def canvas(self) -> int:
@@ -72,6 +73,7 @@ def small_machine() -> Config:
 def giant() -> Config:
     """The released 7B."""
     heads_of = {"prototypes": 262144, "patch_prototypes": 98304, "hidden": 8192, "bottleneck": 512}
+    heads_of |= {"patch_hidden": 4096, "patch_bottleneck": 384}  # as released; the paper's table says 8192
     rates = {"steps": 1_210_000, "batch": 4096, "drop_path": 0.4, "clip": 30.0, "flip": 0.0, "local_size": 112}
     return Config(arch="vit-7b/16", image_size=256, local_norm=True, **heads_of, **rates)
 
@@ -99,7 +101,7 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     return made | {"hide": masking.block_masks(sized, draws, made["globals"], spread=True, fill=True)}
 
 
-class Method(recipe.Taught):
+class Method(recipe.Evened):
     """Student and teacher, each a backbone with two heads, and the anchor: the backbone of an earlier teacher."""
 
     def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
@@ -120,7 +122,7 @@ class Method(recipe.Taught):
         """Backbone and heads are clipped apart, and the prototypes stand still at first."""
         return optim.student_groups(self.student, t, self.config, clip="part", patch_embed=self.config.patch_embed_rate)
 
-    def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def learn(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """DINOv2's loss, and how far the likeness of a picture's patches to each other is from the anchor's."""
         config, hide = self.config, batch["hide"]
         sharp = optim.linear(t, config.first_temperature, config.teacher_temperature, config.temperature_warmup)
@@ -138,11 +140,8 @@ class Method(recipe.Taught):
     def anchored(self, images: Tensor, grid: tuple[int, ...]) -> Float[Tensor, "b n d"]:
         """The anchor's patches of crops in their own colours and finer, on the student's grid."""
         seen = self.anchor(images, tokens="patches")
-        return (
-            F.interpolate(seen.patches.mT.unflatten(2, seen.grid), size=grid, mode="bicubic", align_corners=False)
-            .flatten(2)
-            .mT
-        )
+        plane = seen.patches.mT.unflatten(2, seen.grid)
+        return F.interpolate(plane, size=grid, mode="bicubic", align_corners=False).flatten(2).mT
 
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """The teacher follows its student at a constant pace; the queue takes this step in."""

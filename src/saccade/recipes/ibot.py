@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from saccade import augment, distributed, heads, losses, masking, optim, recipe, vit
+from saccade import augment, depth, distributed, heads, losses, masking, optim, recipe
 from saccade.data import Batch
 from saccade.draws import Draws
 
@@ -25,8 +26,8 @@ class Config(recipe.MaskedDistillation):
     global_scale: tuple[float, float] = Field((0.25, 1.0), description="area of a large crop, as parts of the picture")
     local_scale: tuple[float, float] = Field((0.05, 0.25), description="area of a small crop")
     local_crops: int = Field(10, ge=0, description="small crops, which only the student sees")
-    prototypes: int = Field(8192, ge=2, description="width of the head's output")
     temperature_warmup: float = Field(0.0375, gt=0, le=1, description="part of training between these two")
+    most_prototypes: ClassVar[int] = 8192
     freeze: float = Field(0.00125, ge=0, le=1, description="part of training in which the prototypes stand still")
 
     def backbone(self) -> dict[str, float | bool]:
@@ -74,7 +75,7 @@ class Method(recipe.Taught):
         config, backbone, head = self.config, self.student["backbone"], self.student["head"]
         whole, hide, few = batch["globals"], batch["hide"], config.local_crops
         target, patch_target = self.target(whole, hide, t)
-        drop = [vit.stochastic_depth(rows, backbone.drop_rates(config.drop_path)) for rows in batch["drop"].split(
+        drop = [depth.stochastic_depth(rows, backbone.drop_rates(config.drop_path)) for rows in batch["drop"].split(
             [len(whole), len(batch["drop"]) - len(whole)])]  # fmt: skip
         seen = backbone(whole, hide=hide, drop=drop[0])
         pooled = [seen.cls] + ([backbone.pooled(batch["locals"], drop=drop[1])] if few else [])
@@ -83,7 +84,8 @@ class Method(recipe.Taught):
         views_of = [rows.unflatten(0, (-1, samples)) for rows in (logits, target)]
         loss = heads.cross_view(*views_of, temperature)
         patch_loss = losses.hidden_patches(patch_logits, patch_target, hide, temperature)
-        metrics = {"cls_loss": loss.detach(), "patch_loss": patch_loss.detach(), **heads.concentration(target)}
+        concentration = heads.concentration(target, patch_target)
+        metrics = {"cls_loss": loss.detach(), "patch_loss": patch_loss.detach(), **concentration}
         return loss + config.patch_weight * patch_loss, metrics
 
     @torch.no_grad()

@@ -87,10 +87,10 @@ class Method(recipe.Coupled):
         """The text tower."""
         return self.pairing
 
-    def chance(self) -> float:
+    def chance(self) -> dict[str, float]:
         """The loss when every text fits every picture alike: each is taken for a pair once in so many times."""
         n = self.config.batch
-        return math.log(n) + (n - 1) * math.log(n / (n - 1))
+        return {"loss": math.log(n) + (n - 1) * math.log(n / (n - 1))}
 
     def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b 2 d"]:
         """Pictures and texts in the shared space."""

@@ -98,9 +98,9 @@ class Method(recipe.Coupled):
         """The backbone."""
         return self.backbone
 
-    def chance(self) -> float:
+    def chance(self) -> dict[str, float]:
         """The loss when every view is as near as every other."""
-        return math.log(2 * self.config.batch - 1)
+        return {"loss": math.log(2 * self.config.batch - 1)}
 
     def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b 2 d"]:
         """The projections of both views, which go through the network together: batch norm sees them as one batch."""

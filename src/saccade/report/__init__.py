@@ -17,7 +17,7 @@ from saccade.embed import examining
 from saccade.encoder import Encoder
 from saccade.model import build
 from saccade.recipe import Recipe, Training
-from saccade.report import pictures, sections, tours
+from saccade.report import adapted, pictures, sections, tours
 from saccade.report.charts import number
 from saccade.report.page import Page, Prose, Section, Table, sections_of, write_page
 from saccade.report.pictures import glimpse
@@ -61,6 +61,7 @@ def write_run(
     the run cannot show is left out; what fails is named in its place, for a report never ends a run.
     """
     parts: list[tuple[str, Callable[[], Section | None]]] = [
+        ("The way and the gate", lambda: adapted.way(run)),
         ("Health", lambda: sections.health(run)),
         ("Training", lambda: sections.training(run)),
         ("What the features know", lambda: sections.live(run)),
@@ -73,6 +74,7 @@ def write_run(
         parts += [
             ("What the features see", lambda: sections.maps(encoder, gallery())),
             ("Nearest neighbours", lambda: sections.neighbours(encoder, gallery())),
+            ("Neighbours before and after", lambda: adapted.neighbours(run, gallery())),
         ]
     parts.append(("Record", lambda: sections.record(run)))
     with contextlib.nullcontext() if encoder is None else examining(encoder):

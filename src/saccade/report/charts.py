@@ -181,11 +181,14 @@ def chart(
     floor: float | None = None,
     percent: bool = False,
     level: tuple[str, float] | None = None,
+    begins: Sequence[float] = (),
+    marks: Sequence[float] = (),
 ) -> Chart | None:
     """A curve over steps, or None where no value is finite.
 
     `floor` is a value that the axis includes; without one it fits the curve, by powers of ten where that spans a
     hundredfold. `percent` writes parts of 1 as percent. `level` is a dashed line with a name, such as chance's loss.
+    `begins` are steps at which something new begins: dotted upright lines; `marks` those at which the run went back.
     """
     points = line.points
     if not points:
@@ -193,6 +196,11 @@ def chart(
     lost = len(line.values) - len(points)
     x, y = _axes([*points, (points[0][0], level[1])] if level else points, floor)
     parts = _grid(x, y, percent)
+    for step in begins:
+        if points[0][0] <= step <= points[-1][0]:
+            parts.append(
+                f'<line class="begin" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+            )
     if level:
         at = y(level[1])
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -200,15 +208,34 @@ def chart(
         near_the_end = abs(points[-1][1] - level[1]) < abs(points[0][1] - level[1])
         place = f'x="{_LEFT + 4}"' if near_the_end else f'x="{WIDTH - _RIGHT - 4}" text-anchor="end"'
         parts.append(f'<text {place} y="{below:.1f}">{escape(level[0])}</text>')
+    for step in marks:
+        parts.append(f'<line class="level" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}">'
+                     f"<title>rolled back at step {step:,.0f}</title></line>")  # fmt: skip
     parts += _curve(line, x, y, percent)
-    label = escape(f"{title}, {_said(points, percent)}")
+    back = f", rolled back at step {', '.join(f'{step:,.0f}' for step in marks)}" if marks else ""
+    label = escape(f"{title}, {_said(points, percent)}{back}")
     return Chart(
         title,
         unit + (", scale by powers of ten" if y.log else ""),
         f"{100 * points[-1][1]:.1f} %" if percent else number(points[-1][1]),
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>',
-        f"{lost} values that are not finite are left out." if lost else "",
+        f"{lost} values that are not finite are left out." if lost else back.removeprefix(", ").capitalize(),
     )
+
+
+def interval(title: str, low: float, middle: float, high: float, *, unit: str = "") -> Chart:
+    """A value with its interval on a line that shows zero."""
+    marks = ticks(min(low, 0.0), max(high, 0.0))
+    x, height = _Axis(marks, _LEFT, WIDTH - _RIGHT), HEIGHT // 2
+    parts = [f'<line class="rule" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{height}" y2="{height}"/>']
+    for mark, text in zip(marks, _written(marks, percent=False), strict=True):
+        parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{text}</text>')
+    parts.append(f'<line class="level" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+    parts.append(f'<path class="curve c0" d="{_path([(low, 0), (high, 0)], x, _Axis([0, 1], height, height))}"/>')
+    parts.append(f'<circle class="dot c0" cx="{x(middle):.1f}" cy="{height}" r="4"/>')
+    said = f"{number(middle)}, from {number(low)} to {number(high)}"
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {said}")}">'
+    return Chart(title, unit, number(middle), f"{svg}{''.join(parts)}</svg>", said)
 
 
 def _said(points: list[tuple[float, float]], percent: bool) -> str:

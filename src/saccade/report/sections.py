@@ -48,12 +48,22 @@ class Measure(NamedTuple):
     percent: bool = False
     floor: float | None = 0.0
 
-    def drawn(self, entries: Sequence[Mapping[str, Any]]) -> Chart | None:
-        """Its curve, if the entries have it."""
-        line = _curve(entries, self.name)
-        return chart(self.title, line, unit=self.unit, floor=self.floor, percent=self.percent)
+    def drawn(
+        self, entries: Sequence[Mapping[str, Any]], chance: Mapping[str, float], begins: Sequence[int]
+    ) -> Chart | None:
+        """Its curve, if the entries have it, with the level at which nothing is told apart and where stages begin."""
+        return chart(
+            self.title,
+            _curve(entries, self.name),
+            unit=self.unit,
+            floor=self.floor,
+            percent=self.percent,
+            level=("tells nothing apart", float(chance[self.name])) if self.name in chance else None,
+            begins=begins,
+        )
 
 
+_LOSS = Measure("loss", "Loss", "", floor=None)
 _WAYS = (
     Measure("gradient_norm", "Gradient norm", "before clipping", floor=None),
     Measure("images_per_second", "Speed", "images a second"),
@@ -64,6 +74,8 @@ _HEALTH = (
     Measure("spread", "Spread of features", "0 all the same, 1 all ways"),
     Measure("teacher_entropy", "Entropy of the teacher", "nats"),
     Measure("prototype_use", "Prototypes in use", "part of all", percent=True),
+    Measure("patch_entropy", "Entropy of the teacher, patches", "nats"),
+    Measure("patch_use", "Prototypes in use, patches", "part of all", percent=True),
 )
 _PROBES = {"knn": "k-NN", "linear": "Linear probe"}
 _TOLD = {"step", "loss", "seconds", "memory_gb", "unreadable", "health", "eval"}
@@ -93,11 +105,27 @@ def _drawn(charts: Sequence[Chart | None]) -> list[Chart]:
     return [found for found in charts if found is not None]
 
 
+def _begins(run: Run) -> list[int]:
+    """The steps at which a stage ended and the next one began."""
+    steps = run.record.get("steps")
+    if not steps:
+        return []
+    page = recipe.find(run.config["recipe"].partition(":")[0])
+    ends = [until for until, _ in page.stages(page.config(**run.config["settings"]))]
+    return [round(until * steps) for until in ends[:-1]]
+
+
+def _found(run: Run) -> dict[str, Any]:
+    """What was last said of its health."""
+    return run.summary.get("health") or run.record.get("health") or {}
+
+
 def health(run: Run) -> Section | None:
     """The verdict, what to do about it, and the figures that it stands on."""
-    found = run.summary.get("health") or run.record.get("health")
+    found = _found(run)
     entries = [{**entry, **(entry.get("health") or {})} for entry in run.metrics()]
-    curves = _drawn([measure.drawn(entries) for measure in _HEALTH])
+    chance, begins = found.get("chance") or {}, _begins(run)
+    curves = _drawn([measure.drawn(entries, chance, begins) for measure in _HEALTH])
     if not found and not curves:
         return None
     blocks: list[Any] = []
@@ -112,7 +140,7 @@ def health(run: Run) -> Section | None:
         figures = [(m.title, number(float(found[m.name]))) for m in _HEALTH if found.get(m.name) is not None]
         if figures:
             blocks.append(Facts("At the end", figures))
-    history = (found or {}).get("history") or []
+    history = found.get("history") or []
     if len(history) > 1:
         names = list(dict.fromkeys(chain.from_iterable(history)))
         rows = [[text_of(entry.get(name)) for name in names] for entry in history]
@@ -124,17 +152,20 @@ def health(run: Run) -> Section | None:
 def training(run: Run) -> Section | None:
     """Loss, gradient norm, speed, waiting, and whatever else the method logs."""
     entries = run.metrics()
-    chance = (run.summary.get("health") or {}).get("chance")
-    loss = chart("Loss", _curve(entries, "loss"), level=("tells nothing apart", float(chance)) if chance else None)
-    ways = [measure.drawn(entries) for measure in _WAYS]
+    chance, begins = _found(run).get("chance") or {}, _begins(run)
     others = [name for name in dict.fromkeys(chain.from_iterable(entries)) if name not in _TOLD]
-    more = [chart(name.replace("_", " ").capitalize(), _curve(entries, name)) for name in others[:6]]
-    drawn = _drawn([loss, *ways, *more])
+    more = [Measure(name, name.replace("_", " ").capitalize(), "", floor=None) for name in others[:6]]
+    drawn = _drawn([measure.drawn(entries, chance, begins) for measure in (_LOSS, *_WAYS, *more)])
     if not drawn:
         return None
     steps = run.record.get("steps") or entries[-1]["step"]
-    return Section("Training", f"{plural(steps, 'step')}. A faint line is what was logged, a strong one its mean over "
-                   "the steps around; a value shows when the pointer rests on a curve.", [Charts(drawn)])  # fmt: skip
+    lede = (
+        f"{plural(steps, 'step')}. A faint line is what was logged, a strong one its mean over the steps around; "
+        "a value shows when the pointer rests on a curve."
+    )
+    if begins:
+        lede += f" Dotted upright lines: a stage begins (after step {', '.join(map(str, begins))})."
+    return Section("Training", lede, [Charts(drawn)])
 
 
 def live(run: Run) -> Section | None:

@@ -1,0 +1,109 @@
+"""A frozen network that students learn from: what it sees, what its heads answer, and what answers alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saccade import heads
+from saccade.errors import SaccadeError
+from saccade.norm import Standard
+from saccade.settings import MaskedDistillation, SelfDistillation
+
+
+class Teacher(nn.Module):
+    """A frozen network that students learn from, which the verb loads and hands over; always in evaluation.
+
+    `heads` are those that it was trained with, by name, `config` the settings of that run and `assignment` how its
+    answers were evened out, where it is a run that has them.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Mapping[str, nn.Module] | None = None,
+        config: SelfDistillation | None = None,
+        assignment: Literal["centre", "sinkhorn"] = "centre",
+    ):
+        super().__init__()
+        self.backbone, self.heads = backbone, nn.ModuleDict(dict(heads or {}))
+        self.config, self.assignment = config, assignment
+        self.requires_grad_(False).eval()
+        size, channels = backbone.config.image_size, backbone.config.channels
+        vector, patches = self(torch.zeros(1, channels, size, size))
+        self.widths = {"head": vector.shape[1], "patch_head": patches.shape[1]}
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "b c s s"]) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b d h w"]]:
+        """The one vector and the map of patches; pictures are resized to the nearest multiple of its own patch."""
+        side, stride = images.shape[-1], self.backbone.stride
+        fitting = max(1, round(side / stride)) * stride
+        if fitting != side:
+            images = F.interpolate(images, size=fitting, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 1)
+        seen = self.backbone(images)
+        return self.backbone.embedding(seen), seen.patches.mT.unflatten(2, seen.grid)
+
+    def _scored(self) -> dict[str, Any]:
+        """The head for the one vector (`cls`) and, where one was trained, that for patches (`patch`)."""
+        found = list(self.heads.values())
+        return {"cls": found[0]} | ({"patch": found[-1]} if isinstance(self.config, MaskedDistillation) else {})
+
+    def pupil(self, width: int, learn: Literal["features", "heads"]) -> dict[str, nn.Module]:
+        """What a student of this width answers with: fresh heads like its own, or lines to its features.
+
+        Raises `SaccadeError` where it has no heads.
+        """
+        if learn == "features":
+            return {name: nn.Linear(width, wide) for name, wide in self.widths.items()}
+        if not self.heads:
+            raise SaccadeError(
+                "this teacher has no heads", path="--learn",
+                hint="use --learn features; finished runs of dino and its kind have some",
+            )  # fmt: skip
+        return {name: heads.DINOHead.like(head, width) for name, head in self.heads.items()}
+
+    def even(self, learn: Literal["features", "heads"], queue: int, crops: int, accumulate: int = 1) -> nn.ModuleDict:
+        """What evens out its answers about the one vector and about patches; it sees so many large crops a step.
+
+        Raises `SaccadeError` for a queue that is not of whole steps, and where Sinkhorn-Knopp would see parts of one.
+        """
+        if learn == "features":
+            wide = zip(("cls", "patch"), self.widths.values(), strict=True)
+            return nn.ModuleDict({kind: Standard(width) for kind, width in wide})
+        heads.check_queue(queue, crops)
+        assert self.config is not None
+        if accumulate > 1 and self.assignment == "sinkhorn":
+            raise SaccadeError(
+                "this teacher's answers are evened out over whole batches", path="--accumulate",
+                hint="give --accumulate 1, a smaller --batch and --queue; or --learn features",
+            )  # fmt: skip
+        keeps = self.config.centre_momentum
+        return nn.ModuleDict(
+            {
+                kind: heads.Assignment(
+                    self.assignment, *head.last_layer.weight.shape, momentum=keeps, queue=queue if kind == "cls" else 0
+                )
+                for kind, head in self._scored().items()
+            }
+        )
+
+    def answers(self, assignments: nn.ModuleDict, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prototypes that its heads see in tokens, evened out, as probabilities."""
+        assert self.config is not None
+        sharp = torch.tensor(self.config.teacher_temperature, device=tokens["cls"].device)
+        scored = self._scored()
+        return {
+            kind: even(scored[kind], scored[kind].bottleneck(tokens[kind]), sharp) for kind, even in assignments.items()
+        }
+
+    def chance(self) -> dict[str, float]:
+        """Metrics of one who tells no prototypes apart: ln K."""
+        whole = math.log(len(self._scored()["cls"].last_layer.weight))
+        return {"cls_loss": whole, "teacher_entropy": whole}
