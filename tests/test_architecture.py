@@ -204,6 +204,8 @@ def test_no_verb_knows_a_recipe() -> None:
                 "recipes",
                 "published",
                 "naming",
+                "hub",
+                "pairing",
                 "tokenizer",
                 "tour",
                 *FREE,

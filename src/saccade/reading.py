@@ -1,4 +1,4 @@
-"""What a run does with texts: it looks through them before its first step, and settles by which tokenizer it reads them.
+"""What a run does with texts: it looks through them before its first step, and settles which tokenizer reads them.
 
 A run's `tokenizer/` holds it from the start on; the text tower comes out beside the backbone, in its `text/`.
 """

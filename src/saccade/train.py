@@ -94,8 +94,7 @@ class Pretraining:
                 path=", ".join(self.arguments.data),
                 hint="restore the data, or begin a new run in another --out",
             )
-        sessions = [*self.run.record.get("sessions", []), environment()]
-        self.run.note(data=now, sessions=sessions)
+        self.run.note(data=now, sessions=[*self.run.record.get("sessions", []), environment()])
 
     def _count_steps(self) -> int:
         steps, epochs = self.config.steps, self.config.epochs
