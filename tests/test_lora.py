@@ -25,7 +25,7 @@ from saccade.model import build
 from saccade.settings import AdaptArguments
 
 CASES = ["mae", "dino", "simclr-on-a-convnet"]
-NETWORKS = ["vit-nano/8", "resnet-18/8", "resnet-50/8", "convnext-tiny/8", "conv-small/16"]
+NETWORKS = ["vit-nano/8", "resnet-50/8", "convnext-a/8", "conv-4/16"]
 RANK = 2
 page_of_adapt = importlib.import_module("saccade.adapt")  # the name in the package is the verb
 QUIET = {"workers": 0, "log_every": 1}
@@ -65,7 +65,11 @@ def kind(arch: str) -> Any:
     widths = {"resnet": (8, 8, 8, 8), "convnext": (8, 8, 8, 8), "conv": (8, 8, 8, 8)}.get(arch.partition("-")[0])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return backbone.build(arch, image_size=32, **({"widths": widths} if widths else {})).eval()
+        network = backbone.build(arch, image_size=32, **({"widths": widths} if widths else {})).eval()
+    for parameter in network.parameters():
+        if parameter.ndim == 1:  # of norms and scales of layers, some of which let nothing through at first
+            nn.init.constant_(parameter, 0.5)
+    return network
 
 
 def moved(network: nn.Module) -> nn.Module:
