@@ -348,8 +348,8 @@ class Adapting(Pretraining):
         self.ranks.from_first(lambda: self.run.note(estimate=found))
         self.progress.say(
             f"{self.steps} steps and {self.asked.looks} looks will take about {seconds / 60:.1f} minutes at most and "
-            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before; of the backbone's {numbers / 1e6:.1f} M "
-            f"numbers {learned / 1e6:.2f} M learn"
+            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before; "
+            f"{learned / 1e6:.2f} of the backbone's {numbers / 1e6:.2f} million numbers learn"
         )
 
     def _turn(self) -> bool:
