@@ -240,6 +240,10 @@ class Anchored(Method):
         """The method's."""
         return self.inner.encoder()
 
+    def bare(self) -> Method:
+        """The method's: what is published beside a backbone is for it."""
+        return self.inner.bare()
+
     def chance(self) -> dict[str, float]:
         """The method's; its loss is what is logged as `cls_loss`, without the distances."""
         return {"cls_loss" if name == "loss" else name: value for name, value in self.inner.chance().items()}
