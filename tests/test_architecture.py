@@ -52,6 +52,7 @@ LAYERS = {
             "tensors",
             "hints",
             "anchor",
+            "lora",
             "advice",
             "torchscript",
             "hub",

@@ -43,7 +43,7 @@ SMALL = {
 """What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher."""
 PATIENCE, FALLS = 5, 3
 """Evaluations without a better one, and roll-backs, after which a run ends."""
-_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "roll_back", "looks")
+_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "lora", "roll_back", "looks")
 
 
 def adapt(
@@ -343,11 +343,13 @@ class Adapting(Pretraining):
         self.model = kept
         looks = len(self.watch.schedule()) * self.ranks.from_first(lambda: self.run.record["look_seconds"])
         seconds = min(times[1:]) * self.steps + looks
-        found = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb(), 2)}
+        learned, numbers = self._method.moving
+        found = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb(), 2), "learned": learned}
         self.ranks.from_first(lambda: self.run.note(estimate=found))
         self.progress.say(
             f"{self.steps} steps and {self.asked.looks} looks will take about {seconds / 60:.1f} minutes at most and "
-            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before"
+            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before; "
+            f"{learned / 1e6:.2f} of the backbone's {numbers / 1e6:.2f} million numbers learn"
         )
 
     def _turn(self) -> bool:

@@ -63,6 +63,10 @@ class Method(nn.Module, ABC):
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
 
+    def bare(self) -> Method:
+        """The recipe's own method: this one, or the one inside it."""
+        return self
+
     def encoders(self) -> dict[str, nn.Module]:
         """What else comes out, by name: each is kept as `backbones/NAME` beside the encoder's `backbone`."""
         return {}

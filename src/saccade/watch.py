@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from saccade import distributed, health, weights
+from saccade import distributed, health, lora, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
@@ -80,6 +80,7 @@ class Watch:
         self._more = {name: (other, _held(method, other)) for name, other in method.encoders().items()}
         self.encoder, self._pictures = None, None
         if isinstance(network, Backbone):
+            lora.merge(network)
             self.encoder = Encoder(network, self._record(config)).eval()
             self.ranks.from_first(self._open)
 
@@ -119,7 +120,7 @@ class Watch:
             return None
         live = model.method.state_dict()
         tensors = distributed.whole({inner: live[name] for inner, name in self._names.items()})
-        self.encoder.backbone.load_state_dict(tensors)
+        self.encoder.backbone.load_state_dict(lora.merged(tensors))
         return self.encoder
 
     def _measure(self, step: int, delivered: Tensor | None) -> dict[str, Any]:
@@ -216,7 +217,8 @@ class Watch:
         entries = distributed.metadata(checkpoint).state_dict_metadata.items()
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
         distributed.load_tensors(tensors, checkpoint, Ranks(0, 1, torch.device("cpu")))
-        self.encoder.backbone.load_state_dict({inner: tensors[f"method/{name}"] for inner, name in self._names.items()})
+        found = {inner: tensors[f"method/{name}"] for inner, name in self._names.items()}
+        self.encoder.backbone.load_state_dict(lora.merged(found))
 
 
 def _steps_of(backbone: Path) -> int | None:
