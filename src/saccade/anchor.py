@@ -104,6 +104,11 @@ class Anchored(Method):
         self.recall()
         self.train()
 
+    @property
+    def own(self) -> Method:
+        """The method inside."""
+        return self.inner
+
     def recall(self) -> None:
         """Takes what decides between steps from `course`, so that no step waits for the device."""
         self._warm, self._brake, self._began = self.course[:3].tolist()

@@ -35,7 +35,7 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
         if start:
             record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}
         method = page.method(config, backbone, dict(page.teachers))
-        record |= initial.load_decoder(method, backbone, start) if start else {}
+        record |= initial.load_decoder(method.own, backbone, start) if start else {}
         return method, record | {"switches": kept}
 
 

@@ -56,6 +56,11 @@ class Method(nn.Module, ABC):
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """What follows an optimizer step: a teacher follows its student, centres move."""
 
+    @property
+    def own(self) -> Method:
+        """The recipe's own method, where another one holds it."""
+        return self
+
     def begin(self) -> None:
         """What a stage begins with, after it has taken over the weights of the stage before."""
 
