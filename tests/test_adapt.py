@@ -564,6 +564,16 @@ def test_the_recipe_follows_from_how_the_backbone_was_made(starts: dict[str, Pat
     assert mistake.value.path == "--recipe"
 
 
+def test_what_cannot_be_trained_is_said_before_a_recipe_is_sought(
+    starts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of ONNX: to name a recipe would not help."""
+    monkeypatch.setattr(backbones, "known", lambda _: False)
+    with pytest.raises(SaccadeError, match="cannot be trained") as mistake:
+        natural(starts["mae"])
+    assert mistake.value.path == "--from"
+
+
 @pytest.mark.parametrize(
     ("name", "switches"),
     [

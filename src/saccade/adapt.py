@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from saccade import backbone, distributed, health, hints, published, recipe, weights
+from saccade import backbone, distributed, health, hints, published, recipe, report, weights
 from saccade.advice import advise
 from saccade.anchor import Anchored, anchored, architecture
 from saccade.data import Delivery, Source
@@ -395,7 +395,7 @@ class Adapting(Pretraining):
 
     def _conclude(self, encoder: Encoder | None, tensors: dict[str, Tensor]) -> None:
         """As `Pretraining`; a report that a kill left to be written shows what was handed over."""
-        if self.run.summary and encoder is not None:
+        if self.run.summary and encoder is not None and not (self.run.path / report.REPORT).exists():
             kept = weights.load(self.run.path / "backbone")
             encoder.backbone.load_state_dict(kept.backbone.state_dict())
             encoder.record["steps"] = kept.record["steps"]
