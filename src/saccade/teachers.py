@@ -53,6 +53,8 @@ def _with_heads(path: str, encoder: Encoder) -> tuple[Teacher, dict[str, Any]]:
     if not (place / "config.json").is_file() or not (place / "checkpoints").is_dir():
         return Teacher(encoder.backbone), {}
     run = Run.open(place)
+    if run.config["verb"] != "pretrain":  # what adapt hands over may be the start, and its heads were never warm on it
+        return Teacher(encoder.backbone), {}
     page, config = configure(run.config["recipe"], run.config["settings"])
     checkpoint = next(run.steps(), None)
     if not issubclass(page.method, Taught) or checkpoint is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, Literal
 
 import torch
@@ -11,8 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from saccade import augment, heads, losses, optim, recipe
-from saccade import backbone as backbones
+from saccade import augment, backbone, heads, losses, optim, recipe
 from saccade.data import Batch
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
@@ -44,7 +42,7 @@ class Config(recipe.MultiCrop):
 
     def peak(self) -> float:
         """The square-root rule."""
-        return self.lr * math.sqrt(self.batch / 1024)
+        return self.lr * (self.batch / 1024) ** 0.5
 
     def backbone(self) -> dict[str, Any]:
         """ViTs as DINOv3's, without a mask token: nothing is hidden from a student."""
@@ -52,8 +50,10 @@ class Config(recipe.MultiCrop):
         return rope | {"layer_scale": self.layer_scale} if self.arch.lower().startswith("vit-") else {}
 
     def teachers(self) -> dict[str, str | None]:
-        """The one."""
         return {"teacher": self.teacher}
+
+    def canvas(self) -> int:
+        return round(max(1.0, self.teacher_scale) * super().canvas())  # a pixel for each of its crops' own, too
 
 
 def with_heads() -> Config:
@@ -76,17 +76,19 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
 class Method(recipe.Method):
     """Students, each a backbone and what it answers the teacher with, and their slow averages, which come out."""
 
-    def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
-        super().__init__(config, backbone, teachers)
+    def __init__(self, config: Config, network: nn.Module, teachers: dict[str, nn.Module]):
+        super().__init__(config, network, teachers)
         self.config, teacher = config, teachers["teacher"]
         if config.learn == "features" and config.local_crops + config.queue:
             raise SaccadeError("--local-crops and --queue need heads", path="--learn", hint="give --learn heads")
+        if len({config.arch, *config.students}) <= len(config.students):
+            raise SaccadeError("a student is named twice", path="--students", hint="each once; --arch is the first")
         self.students, self.averages = nn.ModuleDict(), nn.ModuleDict()
-        others = {arch: backbones.build_for(config.model_copy(update={"arch": arch})) for arch in config.students}
-        for arch, network in {config.arch: backbone, **others}.items():
-            answers = teacher.pupil(network.config.width, config.learn)
-            self.students[arch] = nn.ModuleDict({"backbone": network, **answers})
-            self.averages[arch] = copy.deepcopy(network).requires_grad_(False)
+        others = {arch: backbone.build_for(config.model_copy(update={"arch": arch})) for arch in config.students}
+        for arch, made in {config.arch: network, **others}.items():
+            answers = teacher.pupil(made.config.width, config.learn)
+            self.students[arch] = nn.ModuleDict({"backbone": made, **answers})
+            self.averages[arch] = copy.deepcopy(made).requires_grad_(False)
         self.even = teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate)
         self.last, self.steps = list(answers)[-1], nn.Buffer(torch.zeros(()))
 
@@ -97,7 +99,6 @@ class Method(recipe.Method):
         return {arch: self.averages[arch] for arch in self.config.students}
 
     def chance(self) -> dict[str, float]:
-        """Where a student tells no prototypes apart: ln K."""
         return self.teachers["teacher"].chance() if self.config.learn == "heads" else {}
 
     def groups(self, t: float) -> list[optim.Group]:
@@ -121,7 +122,7 @@ class Method(recipe.Method):
         grid, tokens = tuple(patches.shape[2:]), {"cls": vectors, "patch": patches.flatten(2).mT}
         if self.config.learn == "features":
             return {kind: even(tokens[kind]) for kind, even in self.even.items()}, grid
-        asked = heads.some_patches(batch["words"], math.prod(grid), self.config.asked)
+        asked = heads.some_patches(batch["words"], tokens["patch"].shape[1], self.config.asked)
         return teacher.answers(self.even, tokens | {"patch": tokens["patch"][asked]}), grid, asked
 
     def compare(self, student: nn.ModuleDict, batch: Batch, targets: dict[str, Tensor], *where: Any) -> dict[str, Any]:
@@ -142,8 +143,7 @@ class Method(recipe.Method):
 
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """Averages are of the last ninth of the steps, in the long run at a constant pace; what evens out moves on."""
-        self.steps += 1
-        part = torch.clamp(9 / (9 + self.steps), min=1 - self.config.momentum)
+        part = torch.clamp(9 / (9 + self.steps.add_(1)), min=1 - self.config.momentum)
         for arch, student in self.students.items():
             optim.average(self.averages[arch], student["backbone"], part)
         for even in self.even.values():
