@@ -27,11 +27,13 @@ from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
+from saccade.own import OwnConfig
 
 __all__ = ["evaluate"]
 
 TASKS = ("knn", "linear", "few-label")
 ON_MASKS = ("segmentation",)
+_NO_UNTRAINED = ("untrained: not measured, since only you can build your own network anew",)
 LATER = ("retrieval", "zero-shot")
 
 
@@ -87,6 +89,7 @@ def evaluate(
         "unreadable": [{"key": key, "reason": reason} for _, key, reason in extracted.failures[:20]],
         "warnings": [
             *data.warnings,
+            *(_NO_UNTRAINED if baselines and isinstance(encoder.backbone.config, OwnConfig) else ()),
             *(f"{n} a class: {why}" for n, why in (exam.plan.short | exam.plan.skipped).items()),
         ],
         "seed": seed,
