@@ -197,10 +197,10 @@ def test_distil_and_what_comes_out(
     assert ("patch_loss" in logged) == (kind is not Vector) and logged["gradient_norm"] > 0
     index = saccade.embed(encoder, labelled, out=tmp_path / "index")
     assert len(index) == 30 and index.state["dim"] == 12
-    hits = saccade.search(index, labelled / "0" / "0.png", k=2)
+    hits = index.search(labelled / "0" / "0.png", k=2)
     assert Path(hits[0].key).name == "0.png"
     again = saccade.Index.open(tmp_path / "index", backbone=encoder)
-    assert saccade.search(again, labelled / "0" / "0.png", k=1)[0].key == hits[0].key
+    assert again.search(labelled / "0" / "0.png", k=1)[0].key == hits[0].key
     if kind is Map:
         scores = saccade.evaluate(encoder, labelled, tasks=("knn",))
         assert "untrained" not in scores["baselines"] and any("untrained" in said for said in scores["warnings"])
