@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from toys.own_ranks import Plain, settings
 from toys.sources import Pictures
 
 import saccade
@@ -229,9 +234,6 @@ def test_it_is_said_how_to_load_it(taught: str, tmp_path: Path) -> None:
 def stopped(monkeypatch: pytest.MonkeyPatch, out: Path, network: nn.Module, taught: str, at: int) -> None:
     """A run that is asked to stop after step `at`."""
     step = model.Model.step
-    import os
-    import signal
-
     count = [0]
 
     def counting(*args: Any) -> Any:
@@ -272,6 +274,24 @@ def test_other_recipes_train_it_and_look_at_it_live(name: str, labelled: Path, t
     more |= {"local_size": 16, "local_crops": 2, "prototypes": 16} if name == "dino" else {"projection": 8}
     run = train(tmp_path / "run", Own(Map()), recipe=name, eval=str(labelled), **more)
     logged = run.metrics()[-1]
-    assert logged["health"]["rank"] if "rank" in logged["health"] else logged["health"]
-    assert 0 <= logged["eval"]["knn"] <= 100 and (run.path / "report.html").exists()
+    assert logged["health"] and 0 <= logged["eval"]["knn"] <= 100 and (run.path / "report.html").exists()
     assert run.summary["arch"] == "own/Map" and saccade.load(run.path / "best", network=Map()).grid == (4, 4)
+
+
+@pytest.mark.slow  # starts two processes
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_ranks_learn_what_one_learns(sharding: str, taught: str, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(Path(saccade.__file__).parents[1])])
+    subprocess.run(
+        [*launch, "toys.own_ranks", str(tmp_path / "two"), taught, sharding], check=True, capture_output=True, timeout=500,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    one = saccade.pretrain(Pictures(8), out=tmp_path / "one", teacher=taught, **settings())
+    two = saccade.Run.open(tmp_path / "two")
+    losses = [[entry["loss"] for entry in run.metrics()] for run in (one, two)]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    ours, theirs = (saccade.load(run.path, network=Plain()).backbone.state_dict() for run in (one, two))
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-4)

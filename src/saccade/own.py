@@ -214,8 +214,8 @@ class OwnNetwork(nn.Module):
         weights = blake3()
         for name, tensor in self.state_dict().items():
             weights.update(name.encode() + tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return {"weights": "given", "network": self.config.network, "shapes": self.config.shapes,
-                "hash": weights.hexdigest()}  # fmt: skip
+        return {"weights": "given", "family": "own", "arch": f"own/{self.config.network}",
+                "shapes": self.config.shapes, "hash": weights.hexdigest()}  # fmt: skip
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:
