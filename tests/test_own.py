@@ -285,7 +285,8 @@ def test_two_ranks_learn_what_one_learns(sharding: str, taught: str, tmp_path: P
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests), str(Path(saccade.__file__).parents[1])])
     subprocess.run(
-        [*launch, "toys.own_ranks", str(tmp_path / "two"), taught, sharding], check=True, capture_output=True, timeout=500,
+        [*launch, "toys.own_ranks", str(tmp_path / "two"), taught, sharding],
+        check=True, capture_output=True, timeout=500,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     one = saccade.pretrain(Pictures(8), out=tmp_path / "one", teacher=taught, **settings())
