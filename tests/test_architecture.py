@@ -34,6 +34,7 @@ LAYERS = {
             "losses",
             "norm",
             "optim",
+            "own",
             "distributed",
         ],
         0,

@@ -86,11 +86,11 @@ class Method(recipe.Method):
         self.students, self.averages = nn.ModuleDict(), nn.ModuleDict()
         others = {arch: backbone.build_for(config.model_copy(update={"arch": arch})) for arch in config.students}
         for arch, made in {config.arch: network, **others}.items():
-            answers = teacher.pupil(made.config.width, config.learn)
+            answers = teacher.pupil(made.config.width, config.learn, math.prod(made.config.grid) > 0)
             self.students[arch] = nn.ModuleDict({"backbone": made, **answers})
             self.averages[arch] = copy.deepcopy(made).requires_grad_(False)
         self.even = teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate)
-        self.last, self.steps = list(answers)[-1], nn.Buffer(torch.zeros(()))
+        self.steps = nn.Buffer(torch.zeros(()))
 
     def encoder(self) -> nn.Module:
         return self.averages[self.config.arch]
@@ -110,8 +110,7 @@ class Method(recipe.Method):
         lesson, weights = self.lesson(batch), {"cls": 1.0, "patch": self.config.patch_weight}
         found = {arch: self.compare(student, batch, *lesson) for arch, student in self.students.items()}
         each = {arch: sum(weights[kind] * part for kind, part in parts.items()) for arch, parts in found.items()}
-        metrics = {f"{k}_loss": torch.stack([parts[k].detach() for parts in found.values()]).mean() for k in lesson[0]}
-        metrics |= {f"loss_{arch}": loss.detach() for arch, loss in each.items()} if len(each) > 1 else {}
+        metrics = heads.told_of_students(found, each)
         return sum(each.values()), metrics | (heads.concentration(lesson[0]["cls"]) if len(lesson) > 2 else {})
 
     @torch.no_grad()
@@ -127,9 +126,10 @@ class Method(recipe.Method):
 
     def compare(self, student: nn.ModuleDict, batch: Batch, targets: dict[str, Tensor], *where: Any) -> dict[str, Any]:
         """How far a student's answers are from the targets, its patches being brought to the teacher's grid."""
-        backbone, head, patch_head = student["backbone"], student["head"], student[self.last]
+        backbone, head, patch_head = student["backbone"], student["head"], [*student.values()][-1]
         seen, (grid, *asked) = backbone(batch["globals"]), where
         vectors, patches = backbone.embedding(seen), heads.regrid(seen.patches, seen.grid, grid)
+        targets = targets if patches.shape[1] else {"cls": targets["cls"]}  # some give one vector alone
         if not asked:
             answers = {"cls": head(vectors), "patch": patch_head(patches)}
             return {kind: losses.feature_distance(answers[kind], target) for kind, target in targets.items()}
