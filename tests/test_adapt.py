@@ -17,7 +17,21 @@ from PIL import Image
 from toys import small
 from toys.sources import Pictures
 
-from saccade import adapt, advice, cli, distributed, hints, load, optim, pretrain, published, recipe, vit
+from saccade import (
+    adapt,
+    advice,
+    cli,
+    distributed,
+    hints,
+    initial,
+    load,
+    model,
+    optim,
+    pretrain,
+    published,
+    recipe,
+    vit,
+)
 from saccade import backbone as backbones
 from saccade.adapt import Watching, natural
 from saccade.anchor import BRAKE, Anchored, anchored, architecture
@@ -31,6 +45,7 @@ from saccade.evaluate.live import Live
 from saccade.model import Model
 from saccade.report.charts import interval
 from saccade.settings import AdaptArguments, PretrainArguments
+from saccade.watch import Watch
 
 CASES = ["mae", "dino", "simclr-on-a-convnet"]
 page_of_adapt = importlib.import_module("saccade.adapt")  # the name in the package is the verb
@@ -437,7 +452,7 @@ def test_hints_tell_features_that_are_lost(starts: dict[str, Path]) -> None:
         (5_000, 100, {"knn": 60.0, "chance": 10.0}, "adapt"),
         (5_000, 100, None, "adapt"),
         (5_000, 1, {"knn": 60.0, "chance": 10.0}, "probe"),  # the same picture again and again
-        (60, 100, None, "probe"),
+        (60, 60, None, "probe"),
         (5_000, 100, {"knn": 99.0, "chance": 10.0}, "probe"),
         (200_000, 100, {"knn": 12.0, "chance": 10.0}, "pretrain"),
         (5_000, 100, {"knn": 12.0, "chance": 10.0}, "adapt"),
@@ -446,6 +461,14 @@ def test_hints_tell_features_that_are_lost(starts: dict[str, Path]) -> None:
 def test_advice(pictures: int, distinct: int, watch: dict[str, float] | None, first_try: str) -> None:
     found = advice.advise(pictures, distinct, 100, {"watch": watch} if watch else {})
     assert found["first_try"] == first_try and len(found["why"]) > 20
+
+
+def test_copies_are_not_counted_as_pictures() -> None:
+    """Of 5,000 pictures that are 50, each a hundred times, 256 show no more than the 50."""
+    found = advice.advise(5_000, 50, 256, {})
+    assert found["first_try"] == "probe" and "50 different pictures of 5,000" in found["why"]
+    twice = advice.advise(5_000, 250, 256, {})["why"]  # six pairs among 256: every picture is there twice
+    assert 2_000 < int(twice.split()[0].replace(",", "")) < 3_000
 
 
 @pytest.mark.parametrize("case", CASES[1:])
@@ -463,6 +486,70 @@ def test_every_kind_of_method_adapts(case: str, starts: dict[str, Path], tmp_pat
     assert load(run.path).backbone.config == load(starts[case]).backbone.config
 
 
+def test_pictures_of_other_channels(starts: dict[str, Path], tmp_path: Path) -> None:
+    """Grey ones: the start's first weights are mixed, as `load` does it."""
+    random = np.random.default_rng(5)
+    (tmp_path / "grey").mkdir()
+    for number in range(16):
+        pixels = random.integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "grey" / f"{number}.png")
+    settings = {**knobs("mae"), **QUIET, "channels": 1, "steps": 4}
+    run = adapt(str(tmp_path / "grey"), start=starts["mae"], out=tmp_path / "run", **settings)
+    config = load(run.path).backbone.config
+    assert config.channels == 1 and config.mean == load(starts["mae"], channels=1).backbone.config.mean
+
+
+def test_every_rank_knows_the_way_of_a_run_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first reads the lines; where another counted falls anew, the one would end and the other wait for it."""
+
+    class Second(Ranks):
+        def from_first(self, work: Any) -> Any:
+            return ((5, "fell"), 3, 2)
+
+    watch = Watching.__new__(Watching)
+    watch.ranks, watch.arguments = (
+        Second(1, 2, torch.device("cpu")),
+        PretrainArguments(data=("x",), out="x", recipe="mae", eval="x"),
+    )
+    monkeypatch.setattr(Watch, "begin", lambda *_: None)
+    monkeypatch.setattr(Anchored, "recall", lambda _: None)
+    held = Model.__new__(Model)
+    held.method = Anchored.__new__(Anchored)
+    watch.begin(held, 6, print)
+    assert watch.turn == (5, "fell") and watch.ended
+
+
+def test_the_decoder_that_lay_beside_the_start_goes_on(
+    starts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method that holds another gives it that one's place."""
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(initial, "load_decoder", lambda method, *_: given.append(method) or {})
+    page = anchored(recipe.find("mae"), AdaptArguments(data=("x",), start="x", out="x"), load(starts["mae"]))
+    method, _ = model.build(page, recipe.configure("mae", tiny("mae"))[1], str(starts["mae"]))
+    assert isinstance(method, Anchored) and given == [method.inner]
+
+
+def test_a_report_that_a_kill_left_to_be_written(whole: Path, starts: dict[str, Path], labelled: Path) -> None:
+    """Between the summary and the report: it shows what was handed over, not the last step."""
+    before = (whole / "report.html").read_text()
+    (whole / "report.html").unlink()
+    adapt(Pictures(16), start=starts["mae"], out=whole, **rising(labelled), save_every="1")
+    assert _features(before) == _features((whole / "report.html").read_text())
+
+
+def _features(page: str) -> str:
+    """What is drawn of the features."""
+    return page[page.index("What the features see") : page.index(">Record<")]
+
+
+@pytest.mark.parametrize(("batch", "group"), [(64, 16), (24, 12), (25, 5), (17, 17), (1, 2)])
+def test_groups_of_koleo_divide_the_batch(batch: int, group: int) -> None:
+    config = recipe.find("dinov2").config
+    found = page_of_adapt.short(config, {"batch": batch, "image_size": 56}, 14)
+    assert found["koleo_group"] == group
+
+
 # what to go on with, and the words for it
 
 
@@ -475,6 +562,16 @@ def test_the_recipe_follows_from_how_the_backbone_was_made(starts: dict[str, Pat
     with pytest.raises(SaccadeError, match="no recipe here goes on with timm-vit") as mistake:
         natural(encoder)
     assert mistake.value.path == "--recipe"
+
+
+def test_what_cannot_be_trained_is_said_before_a_recipe_is_sought(
+    starts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph of ONNX: to name a recipe would not help."""
+    monkeypatch.setattr(backbones, "known", lambda _: False)
+    with pytest.raises(SaccadeError, match="cannot be trained") as mistake:
+        natural(starts["mae"])
+    assert mistake.value.path == "--from"
 
 
 @pytest.mark.parametrize(

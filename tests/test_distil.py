@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,13 @@ def test_the_teachers_crops_are_the_students_only_larger() -> None:
     assert (shrunk - batch["globals"]).abs().mean() < 0.02
 
 
+def test_pictures_are_read_large_enough_for_the_teachers_crops() -> None:
+    """Otherwise a teacher with finer patches would look at what was enlarged."""
+    smallest = config().global_scale[0] ** 0.5
+    assert config(teacher_scale=2.0).canvas() * smallest >= 2 * 32
+    assert config(teacher_scale=0.5).canvas() == config().canvas()
+
+
 def test_patches_on_another_grid() -> None:
     x = torch.arange(4.0).view(1, 4, 1)  # [[0 1] [2 3]]
     assert heads.regrid(x, (2, 2), (2, 2)) is x
@@ -267,6 +275,15 @@ def test_a_published_backbone_or_a_folder_has_none_and_says_so() -> None:
         method(config(learn="heads"), teachers.load(config(teacher=folder))[0]["teacher"])
 
 
+def test_a_run_of_adapt_teaches_by_what_it_handed_over_alone(tmp_path: Path) -> None:
+    """Its checkpoints hold another method than the recipe's, and may not be of what was handed over."""
+    shutil.copytree(teacher(), tmp_path / "run")
+    asked = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps(asked | {"verb": "adapt"}))
+    found, record = teachers.load(config(teacher=str(tmp_path / "run")))
+    assert not found["teacher"].heads and "heads_of_step" not in record["teachers"]["teacher"]
+
+
 def test_mistakes_name_the_setting(tmp_path: Path) -> None:
     with pytest.raises(SaccadeError, match=r"needs --teacher"):
         teachers.load(config())
@@ -280,6 +297,9 @@ def test_mistakes_name_the_setting(tmp_path: Path) -> None:
         method(config(learn="heads", accumulate=2), frozen(with_heads=True))
     with pytest.raises(SaccadeError, match=r"not of whole steps.*use 8"):
         method(config(learn="heads", queue=5), frozen(with_heads=True))
+    for twice in (("vit-ti/8",), ("conv-3/8", "conv-3/8")):  # the first is what --arch says
+        with pytest.raises(SaccadeError, match=r"named twice.*\[--students\]"):
+            method(config(students=twice), frozen())
     with pytest.raises(SaccadeError, match=r"there is no architecture 'vit-z/8'"):
         method(config(students=("vit-z/8",)), frozen())
     with pytest.raises(SaccadeError, match=r"--out"):

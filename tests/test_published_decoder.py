@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saccade import errors, model, published, recipe, vit, weights
+from saccade import anchor, errors, model, published, recipe, vit, weights
 from saccade.errors import SaccadeError
 from saccade.published import mae
+from saccade.settings import AdaptArguments
 
 transformers = pytest.importorskip("transformers")
 
@@ -163,6 +164,15 @@ def test_another_decoder_starts_afresh_and_it_is_said(
         return
     loaded = load_file(saved / "model.safetensors")["decoder.decoder_norm.bias"]
     assert not torch.equal(method.decoder_norm.bias, loaded)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_who_adapts_goes_on_with_it(rank: int | None, saved: Path, network: Any) -> None:
+    asked = AdaptArguments(data=("x",), start=str(saved), out="x", lora=rank)
+    page = anchor.anchored(recipe.find("mae"), asked, weights.load(saved))
+    method, record = model.build(page, page.config(**CONFIG, normalise_target=False), str(saved))
+    assert record["decoder"]["matched"]
+    assert max(compare(method.bare(), network)) < 1e-5
 
 
 def test_other_positions_and_nan_are_seen(saved: Path) -> None:

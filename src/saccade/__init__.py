@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
     from saccade.export import export as export
+    from saccade.own import Own as Own
     from saccade.run import Run as Run
     from saccade.search import Hit as Hit
     from saccade.search import Index as Index
@@ -32,6 +33,7 @@ _HOMES = {
     "Features": "vit",
     "Hit": "search",
     "Index": "search",
+    "Own": "own",
     "Run": "run",
     "adapt": "adapt",
     "embed": "embed",
@@ -46,6 +48,7 @@ __all__ = [
     "Features",
     "Hit",
     "Index",
+    "Own",
     "Run",
     "SaccadeError",
     "__version__",

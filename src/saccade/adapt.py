@@ -7,7 +7,6 @@ labelled pictures meets the start on others: it is handed over where it is bette
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from saccade import backbone, distributed, health, hints, published, recipe, weights
+from saccade import backbone, distributed, health, hints, published, recipe, report, weights
 from saccade.advice import advise
 from saccade.anchor import Anchored, anchored, architecture
 from saccade.data import Delivery, Source
@@ -43,7 +42,7 @@ SMALL = {
 """What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher."""
 PATIENCE, FALLS = 5, 3
 """Evaluations without a better one, and roll-backs, after which a run ends."""
-_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "roll_back", "looks")
+_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "lora", "roll_back", "looks")
 
 
 def adapt(
@@ -62,7 +61,7 @@ def adapt(
     arguments = checked(AdaptArguments, said, owner="adapt")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    encoder = _start(arguments)
+    encoder = _start(arguments, settings.get("channels"))
     name = arguments.recipe or natural(encoder)
     page, config = recipe.configure(name, _gently(name, encoder, settings), also=AdaptArguments.model_fields)
     for_the_loop = {field: getattr(arguments, field) for field in RunArguments.model_fields}
@@ -76,7 +75,7 @@ def adapt(
 
 def natural(start: Encoder | str | Path) -> str:
     """The recipe nearest to how a backbone was made. Raises `SaccadeError` where none is."""
-    encoder = start if isinstance(start, Encoder) else weights.load(start)
+    encoder = start if isinstance(start, Encoder) else _trainable(weights.load(start), start)
     family = encoder.record["family"]
     known = published.families().get(family)
     found = encoder.record.get("recipe") if known is None else known.recipe
@@ -89,13 +88,18 @@ def natural(start: Encoder | str | Path) -> str:
     return found
 
 
-def _start(arguments: AdaptArguments) -> Encoder:
-    """The encoder to go on from; a published name is of the commit that the run began with."""
+def _start(arguments: AdaptArguments, channels: int | None) -> Encoder:
+    """The encoder to go on from, for these channels; a published name is of the commit that the run began with."""
     began = Run(Path(arguments.out).expanduser()).record.get("initial", {})
-    encoder = weights.load(began["path"] if "revision" in began else arguments.start)
+    path = began["path"] if "revision" in began else arguments.start
+    encoder = _trainable(weights.load(path), arguments.start)  # said first: a graph takes no other channels either
+    return encoder if channels in (None, encoder.backbone.config.channels) else weights.load(path, channels=channels)
+
+
+def _trainable(encoder: Encoder, start: str | Path) -> Encoder:
     if not backbone.known(encoder.backbone):
         raise SaccadeError(
-            f"{arguments.start} runs as it is and cannot be trained", path="--from", hint="take the weights themselves"
+            f"{start} runs as it is and cannot be trained", path="--from", hint="take the weights themselves"
         )
     return encoder
 
@@ -108,8 +112,13 @@ def short(config: type[Training], settings: Mapping[str, Any], patch: int) -> di
     steps, batch = settings.get("steps") or STEPS, settings["batch"] // settings.get("accumulate", 1)
     momentum = min(0.996, max(0.9, 1 - 10 / steps))
     side = max(2, round(0.43 * settings["image_size"] / patch)) * patch
-    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": math.gcd(16, batch)}
+    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": _group(batch)}
     return {name: value for name, value in found.items() if name in config.model_fields}
+
+
+def _group(batch: int) -> int:
+    """The largest group of 2 to 16 samples that divides a batch; all of a batch that none divides."""
+    return next((group for group in range(16, 1, -1) if batch % group == 0), max(2, batch))
 
 
 def _gently(name: str, encoder: Encoder, settings: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +158,8 @@ class Watching(Watch):
         self.turn, self._falls, self._idle = (0, ""), 0, 0
         self._seen_of_start: Tensor | None = None
         super().begin(model, steps, say)
+        way = (self.turn, self._falls, self._idle)  # which the first rank has read from the lines
+        self.turn, self._falls, self._idle = self.ranks.from_first(lambda: way)
 
     def schedule(self) -> set[int]:
         """Also without labels: hints tell when features are lost."""
@@ -343,11 +354,13 @@ class Adapting(Pretraining):
         self.model = kept
         looks = len(self.watch.schedule()) * self.ranks.from_first(lambda: self.run.record["look_seconds"])
         seconds = min(times[1:]) * self.steps + looks
-        found = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb(), 2)}
+        learned, numbers = self._method.moving
+        found = {"seconds": round(seconds, 1), "memory_gb": round(memory_gb(), 2), "learned": learned}
         self.ranks.from_first(lambda: self.run.note(estimate=found))
         self.progress.say(
             f"{self.steps} steps and {self.asked.looks} looks will take about {seconds / 60:.1f} minutes at most and "
-            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before"
+            f"{found['memory_gb']:.1f} GB; a run that gets no better ends before; "
+            f"{learned / 1e6:.2f} of the backbone's {numbers / 1e6:.2f} million numbers learn"
         )
 
     def _turn(self) -> bool:
@@ -381,6 +394,14 @@ class Adapting(Pretraining):
         distributed.load_tensors(ours | rest, directory, self.ranks)
         method.course.copy_(course)
         method.slow_down()
+
+    def _conclude(self, encoder: Encoder | None, tensors: dict[str, Tensor]) -> None:
+        """As `Pretraining`; a report that a kill left to be written shows what was handed over."""
+        if self.run.summary and encoder is not None and not (self.run.path / report.REPORT).exists():
+            kept = weights.load(self.run.path / "backbone")
+            encoder.backbone.load_state_dict(kept.backbone.state_dict())
+            encoder.record["steps"] = kept.record["steps"]
+        super()._conclude(encoder, tensors)
 
     def _hand_over(self, encoder: Encoder, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Writes what passed the gate, or the start; `encoder` becomes it."""

@@ -18,7 +18,7 @@ def advise(pictures: int, distinct: int, looked: int, before: dict[str, Any]) ->
     `distinct` of the `looked` at are different pictures; `before` is what was measured of the start: `watch`, where
     there are labels, with `knn` and `chance` in percent.
     """
-    different = round(pictures * distinct / max(looked, 1))
+    different = _different(pictures, distinct, looked)
     watch = before.get("watch")
     seen = f"{different:,} different pictures" + (f" of {pictures:,}" if different < 0.9 * pictures else "")
     if different < FEW:
@@ -37,6 +37,22 @@ def advise(pictures: int, distinct: int, looked: int, before: dict[str, Any]) ->
     if different >= MANY:
         return _said("pretrain", f"{weak}, and {seen} are enough to begin from nothing")
     return _said("adapt", f"{weak}; but {seen} are too few to begin from nothing")
+
+
+def _different(pictures: int, distinct: int, looked: int) -> int:
+    """How many pictures differ, if all are there equally often: of so many copies `looked` would show `distinct`.
+
+    Two copies of a picture are seldom among some hundred that are looked at, so the share of those says too much.
+    """
+    if distinct >= looked:
+        return pictures
+    missed = 1 - min(1.0, looked / pictures)
+    few, many = 1.0, float(pictures)
+    for _ in range(60):
+        middle = (few + many) / 2
+        shown = middle * (1 - missed ** (pictures / middle))
+        few, many = (middle, many) if shown < distinct else (few, middle)
+    return round(many)
 
 
 def _said(first_try: str, why: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saccade import augment, distributed, initial, losses, optim
+from saccade import augment, distributed, initial, lora, losses, optim
 from saccade.data import Batch
 from saccade.draws import Draws
 from saccade.encoder import Encoder
@@ -81,6 +81,8 @@ class Anchored(Method):
         super().__init__(config, network, teachers)
         self.config, self.asked = config, asked
         self.anchor = copy.deepcopy(network).requires_grad_(False)
+        if asked.lora:
+            lora.add(network, asked.lora, config.seed)
         self.inner = page.method(config, network, teachers)
         self._trained = (network,)  # it is a part of the method inside, and in its state
         whole = isinstance(self.inner, Coupled) or (isinstance(self.inner, Evened) and self.inner.assign.ahead)
@@ -97,7 +99,8 @@ class Anchored(Method):
             )
         if asked.freeze_blocks:
             for name, parameter in network.named_parameters():
-                parameter.requires_grad_(layers[name] > asked.freeze_blocks)
+                if layers[name] <= asked.freeze_blocks:
+                    parameter.requires_grad_(False)
         self._moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.register_buffer("course", torch.tensor([2.0 if asked.warm else 0.0, 1.0, config.warmup, 0.0, 0.0, 1e30]))
         self._now, self._loss = 0.0, list[Tensor]()
@@ -112,6 +115,12 @@ class Anchored(Method):
     def still(self) -> bool:
         """Whether the backbone stands still."""
         return self._warm > 1
+
+    @property
+    def moving(self) -> tuple[int, int]:
+        """How many numbers of the backbone learn, and how many it has."""
+        learned = sum(parameter.numel() for parameter in self._moving)
+        return learned, sum(parameter.numel() for parameter in self.anchor.parameters())
 
     @property
     def warmed_at(self) -> float:
@@ -230,6 +239,10 @@ class Anchored(Method):
     def encoder(self) -> nn.Module:
         """The method's."""
         return self.inner.encoder()
+
+    def bare(self) -> Method:
+        """The method's: what is published beside a backbone is for it."""
+        return self.inner.bare()
 
     def chance(self) -> dict[str, float]:
         """The method's; its loss is what is logged as `cls_loss`, without the distances."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saccade import convnet, vit
 from saccade.errors import SaccadeError, nearest
+from saccade.own import OwnConfig
 from saccade.settings import Settings, Training, flag
 from saccade.vit import Features
 
@@ -108,7 +109,9 @@ UNITS = (vit.Block, convnet.BasicBlock, convnet.Bottleneck, convnet.ConvBlock, c
 
 
 def family_of(network: Backbone) -> str:
-    """The name of a backbone's family."""
+    """The name of a backbone's family; `own` is a network of the user's."""
+    if isinstance(network.config, OwnConfig):
+        return "own"
     return next(name for name, family in FAMILIES.items() if isinstance(network.config, family.config))
 
 
@@ -125,7 +128,8 @@ def build(arch: str, *, image_size: int, channels: int = 3, **switches: Any) -> 
     family = FAMILIES.get(arch.lower().partition("-")[0])
     if family is None:
         names = [name for known in FAMILIES.values() for name in known.names]
-        raise SaccadeError(f"there is no architecture {arch!r}", path="--arch", hint=nearest(arch.lower(), names))
+        hint = "in Python: pretrain(…, network=…)" if arch.startswith("own/") else nearest(arch.lower(), names)
+        raise SaccadeError(f"there is no architecture {arch!r}", path="--arch", hint=hint)
     for name in switches:
         if name in vit.ViTConfig.model_fields and name not in family.config.model_fields:
             raise SaccadeError(

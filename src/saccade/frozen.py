@@ -55,19 +55,22 @@ class Teacher(nn.Module):
         found = list(self.heads.values())
         return {"cls": found[0]} | ({"patch": found[-1]} if isinstance(self.config, MaskedDistillation) else {})
 
-    def pupil(self, width: int, learn: Literal["features", "heads"]) -> dict[str, nn.Module]:
+    def pupil(self, width: int, learn: Literal["features", "heads"], patches: bool = True) -> dict[str, nn.Module]:
         """What a student of this width answers with: fresh heads like its own, or lines to its features.
 
-        Raises `SaccadeError` where it has no heads.
+        Nothing for patches where the student has no `patches`, since no gradient would reach it. Raises `SaccadeError`
+        where the teacher has no heads.
         """
         if learn == "features":
-            return {name: nn.Linear(width, wide) for name, wide in self.widths.items()}
+            return {name: nn.Linear(width, wide) for name, wide in self.widths.items() if patches or name == "head"}
         if not self.heads:
             raise SaccadeError(
                 "this teacher has no heads", path="--learn",
                 hint="use --learn features; finished runs of dino and its kind have some",
             )  # fmt: skip
-        return {name: heads.DINOHead.like(head, width) for name, head in self.heads.items()}
+        return {
+            name: heads.DINOHead.like(head, width) for name, head in self.heads.items() if patches or name == "head"
+        }
 
     def even(self, learn: Literal["features", "heads"], queue: int, crops: int, accumulate: int = 1) -> nn.ModuleDict:
         """What evens out its answers about the one vector and about patches; it sees so many large crops a step.

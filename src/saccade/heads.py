@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -278,12 +278,19 @@ def cross_view(
 
 
 def regrid(patches: Float[Tensor, "b n d"], grid: tuple[int, ...], to: tuple[int, ...]) -> Float[Tensor, "b m d"]:
-    """A map of patches on another grid, bilinear and antialiased; as it is where they are the same."""
-    if grid == to:
+    """A map of patches on another grid, bilinear and antialiased; as it is on the same one, and where it is empty."""
+    if grid == to or not patches.shape[1]:
         return patches
     with torch.autocast(patches.device.type, enabled=False):
         rows = patches.to(torch.promote_types(patches.dtype, torch.float32)).mT.unflatten(2, grid)
         return F.interpolate(rows, size=to, mode="bilinear", antialias=True, align_corners=False).flatten(2).mT
+
+
+def told_of_students(found: Mapping[str, Mapping[str, Tensor]], each: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged of students: means of each kind of loss over those that have it, and, of several, their sums."""
+    kinds = {kind: [parts[kind].detach() for parts in found.values() if kind in parts] for kind in ("cls", "patch")}
+    means = {f"{kind}_loss": torch.stack(parts).mean() for kind, parts in kinds.items() if parts}
+    return means | ({f"loss_{arch}": loss.detach() for arch, loss in each.items()} if len(each) > 1 else {})
 
 
 def some_patches(words: Int[Tensor, " b"], patches: int, part: float) -> Bool[Tensor, "b n"]:

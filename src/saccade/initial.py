@@ -78,7 +78,9 @@ def load_decoder(method: nn.Module, backbone: nn.Module, encoder: Encoder) -> di
     refuse_numbers(tensors, place)
     heads = config_of(folder / CONFIG).get(decoder.heads_key, decoder.heads)
     ours = {
-        part.heads for part in method.modules() if isinstance(part, Attention) and id(part.qkv.weight) not in inside
+        part.heads
+        for part in method.modules()
+        if isinstance(part, Attention) and id(next(part.qkv.parameters())) not in inside
     }
     table = tensors.pop(decoder.positions, None)
     reason = differences(own, tensors) or (f"it has {heads} heads" if ours != {heads} else "")

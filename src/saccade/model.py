@@ -27,15 +27,20 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if page.network is not None and init:
+            raise SaccadeError(
+                "a network of your own begins with the weights it has", path="--init", hint="leave it out"
+            )
         start = weights.load(init, channels=config.channels) if init else None
         kept = (initial.switches(start) if start else {}) | dict(page.switches)
         switches = config.backbone() | kept
-        backbone = backbones.build_for(config, switches)
-        record: dict[str, Any] = {"weights": "random", "seed": config.seed}
+        own = page.network and page.network.build_for(config)
+        backbone = own or backbones.build_for(config, switches)
+        record: dict[str, Any] = own.given() if own else {"weights": "random", "seed": config.seed}
         if start:
             record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}
         method = page.method(config, backbone, dict(page.teachers))
-        record |= initial.load_decoder(method, backbone, start) if start else {}
+        record |= initial.load_decoder(method.bare(), backbone, start) if start else {}
         return method, record | {"switches": kept}
 
 

@@ -83,6 +83,8 @@ def terms_of(record: Mapping[str, Any]) -> dict[str, Any]:
     bound = next((origin for origin in origins(record) if origin.get("licence")), None)
     if bound is None:
         text = "Trained from random weights: the licence is for who trained it to choose, within the terms of the data."
+        if (record.get("initial") or {}).get("weights") == "given":
+            text = "Trained from weights that the user gave: their terms, and those of the data, are not known here."
         return {"licence": None, "licence_url": None, "terms": None, "text": text}
     own = record["family"] != "saccade"
     whose = "These weights" if own else f"It derives from {bound['family']} weights, which"

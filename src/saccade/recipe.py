@@ -12,7 +12,7 @@ import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, ClassVar, Literal, cast
 
@@ -24,6 +24,7 @@ from saccade import heads
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
 from saccade.optim import Group
+from saccade.own import Own
 from saccade.settings import (
     LENGTHS,
     MaskedDistillation,
@@ -68,6 +69,10 @@ class Method(nn.Module, ABC):
     def words(self) -> Words | None:
         """What is learned of texts, which comes out beside the encoder; None where nothing is."""
         return None
+
+    def bare(self) -> Method:
+        """The recipe's own method: this one, or the one inside it."""
+        return self
 
     def encoders(self) -> dict[str, nn.Module]:
         """What else comes out, by name: each is kept as `backbones/NAME` beside the encoder's `backbone`."""
@@ -185,7 +190,7 @@ class Recipe:
     """A page of `recipes/`, found by its file name.
 
     `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
-    `teachers` are loaded ones, for all that is built of this run.
+    `teachers` are loaded ones, for all that is built of this run; `network` is the user's own, where one was given.
     """
 
     name: str
@@ -196,6 +201,7 @@ class Recipe:
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)
     teachers: Mapping[str, nn.Module] = field(default_factory=dict)
+    network: Own | None = None
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""
@@ -241,10 +247,13 @@ def configure(name: str, settings: Mapping[str, Any], *, also: Iterable[str] = (
     """The recipe `NAME` or `NAME:VARIANT` and its config with these settings; the same for the command line and Python.
 
     A length that is given (steps, epochs or minutes) replaces the recipe's own. `also` are more right names, for the
-    hint of a misspelt one. Raises `SaccadeError`.
+    hint of a misspelt one. A `network` of the user's own stands in the place of `arch`. Raises `SaccadeError`.
     """
     name, _, variant = name.partition(":")
-    recipe = find(name)
+    recipe, settings = find(name), dict(settings)
+    if (network := settings.pop("network", None)) is not None:
+        own = Own.of(network)
+        recipe, settings = replace(recipe, network=own), _named(own, settings)
     base = recipe.configure(variant or None)
     lengths = [flag(length) for length in LENGTHS if settings.get(length) is not None]
     if len(lengths) > 1:
@@ -253,3 +262,10 @@ def configure(name: str, settings: Mapping[str, Any], *, also: Iterable[str] = (
     if lengths:
         values.update(dict.fromkeys(LENGTHS))
     return recipe, checked(recipe.config, {**values, **settings}, also=also, owner=f"recipe {name}")
+
+
+def _named(network: Own, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a network of the user's own as their `arch`."""
+    if settings.get("arch", network.arch) != network.arch:
+        raise SaccadeError("a network of your own is the architecture", path="arch", hint="leave it out")
+    return {**settings, "arch": network.arch}

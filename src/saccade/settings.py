@@ -259,6 +259,9 @@ class AdaptArguments(RunArguments):
     )
     anchor_token: float = Field(1.0, ge=0, description="weight of the distance from the start in the pooled vector")
     freeze_blocks: int = Field(0, ge=0, description="blocks, and all before them, that never move")
+    lora: int | None = Field(
+        None, ge=1, description="learn only what is added to each matrix of the backbone, of this rank (LoRA)"
+    )
     looks: int = Field(15, ge=1, description="how often it is evaluated on the way")
     roll_back: bool = Field(
         True,

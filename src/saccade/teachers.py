@@ -53,6 +53,8 @@ def _with_heads(path: str, encoder: Encoder) -> tuple[Teacher, dict[str, Any]]:
     if not (place / "config.json").is_file() or not (place / "checkpoints").is_dir():
         return Teacher(encoder.backbone), {}
     run = Run.open(place)
+    if run.config["verb"] != "pretrain":  # what adapt hands over may be the start, and its heads were never warm on it
+        return Teacher(encoder.backbone), {}
     page, config = configure(run.config["recipe"], run.config["settings"])
     checkpoint = next(run.steps(), None)
     if not issubclass(page.method, Taught) or checkpoint is None:
@@ -86,7 +88,10 @@ def compare(teachers: Mapping[str, Teacher], student: nn.Module, record: Mapping
 
 
 def unchanged(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What a run begins with, `now`. Raises `SaccadeError` where a teacher is not the one that the run began with."""
+    """What a run begins with, `now`; with a network of the user's, what it began with: of then are its weights.
+
+    Raises `SaccadeError` where a teacher is not the one that the run began with.
+    """
     for name, teacher in now.get("teachers", {}).items():
         known = before.get("teachers", {}).get(name, teacher)
         if known["hash"] != teacher["hash"]:
@@ -95,4 +100,5 @@ def unchanged(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
                 path=flag(name),
                 hint="put it back, or begin a new run in another --out",
             )
-    return now
+    given = before.get("weights") == "given" and before["shapes"] == now.get("shapes")
+    return dict(before) if given else now

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from saccade import distributed, health, reading, weights
+from saccade import distributed, health, lora, reading, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
@@ -82,6 +82,7 @@ class Watch:
         self._more = {name: (other, _held(method, other)) for name, other in method.encoders().items()}
         self.encoder, self._pictures = None, None
         if isinstance(network, Backbone):
+            lora.merge(network)
             self.encoder = Encoder(network, self._record(config)).eval()
             self._add_words(method)
             self.ranks.from_first(self._open)
@@ -135,8 +136,8 @@ class Watch:
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         """Puts tensors into the copy of the encoder; what compares texts has one element there, and no axis."""
         assert self.encoder is not None
-        own = self.encoder.state_dict()
-        self.encoder.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in tensors.items()})
+        own, found = self.encoder.state_dict(), lora.merged(tensors)
+        self.encoder.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in found.items()})
 
     def _measure(self, step: int, delivered: Tensor | None) -> dict[str, Any]:
         found: dict[str, Any] = {}

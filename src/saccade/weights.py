@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade import hub, naming, pairing, published, resize
 from saccade.backbone import FAMILIES, Backbone, family_of
@@ -24,6 +24,7 @@ from saccade.checkpoint import config_of, find
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError, say
 from saccade.hub import CONFIG, WEIGHTS
+from saccade.own import Own, OwnConfig
 from saccade.provenance import described, origins
 from saccade.published import Prepared, Recognised
 from saccade.resize import Other
@@ -72,6 +73,7 @@ def load(
     std: tuple[float, ...] | None = None,
     revision: str | None = None,
     token: str | None = None,
+    network: Own | nn.Module | None = None,
 ) -> Encoder:
     """The encoder of a run, a backbone folder, a transformers folder, a .safetensors, an official .pth, a .onnx or a
     published name, on the CPU.
@@ -79,14 +81,15 @@ def load(
     A name may pin a `revision` (`name@revision` is the same), and `token` stands before HF_TOKEN. `image_size` is what
     `preprocess` makes, the family's own if None; `channels` and `patch` are others than the encoder was trained with
     (`resize` says how that is done). `bands`: which of `channels` are red, green and blue, from 0; the others are not
-    looked at. `mean` and `std` normalise pixels instead of the encoder's own. Terms of use that are not free are said
+    looked at. `mean` and `std` normalise pixels instead of the encoder's own. `network`: for a run of a network of your
+    own, one of the same class, which is copied and given the weights. Terms of use that are not free are said
     on stderr; `encoder.record` says what it is (`provenance.KEYS`). Raises `SaccadeError` for what does not exist, is
     damaged, holds more than tensors, or is not whole.
     """
     other = Other(channels, bands, patch, mean, std)
     fetched = hub.find(backbone, revision, token)
     place, name = (backbone, None) if fetched is None else (fetched.folder, fetched.name)
-    encoder = _load(place, name, image_size, other)
+    encoder = _load(place, name, image_size, other, network)
     if fetched is not None:
         path = f"{fetched.name}@{fetched.revision}"
         encoder.record |= {"name": fetched.name, "revision": fetched.revision, "sha256": fetched.sha256, "path": path}
@@ -99,12 +102,18 @@ def load(
     return encoder
 
 
-def _load(backbone: str | Path, name: str | None, image_size: int | None, other: Other) -> Encoder:
+def _load(
+    backbone: str | Path, name: str | None, image_size: int | None, other: Other, own: Own | nn.Module | None
+) -> Encoder:
     """The encoder of what lies on this disk; `name` is what it is published as."""
     folder, files = find(backbone)
-    if files[0].suffix == ".onnx":
+    if files[0].suffix == ".onnx" and own is None:
         return _load_onnx(files[0], image_size, other)
     config = config_of(folder / CONFIG)
+    if own is not None and "own" not in config:
+        raise SaccadeError(
+            f"{backbone} is no network of your own", path="network", hint="leave it out: it loads without"
+        )
     if isinstance(config.get(EXPORTED), dict):
         return _load_exported(Path(backbone).expanduser(), files, config, image_size, other)
     if config.get("format") is None:
@@ -116,9 +125,11 @@ def _load(backbone: str | Path, name: str | None, image_size: int | None, other:
             path=folder / CONFIG,
             hint=f"it reads {FORMAT!r}; a newer saccade may have written it",
         )
-    network = _empty(config, folder / CONFIG)
+    network = (
+        _own(config, folder / CONFIG, own, image_size, other) if "own" in config else _empty(config, folder / CONFIG)
+    )
     tensors, digest = _read(files[0], config["weights"])
-    into(network, tensors, files[0])
+    into(network, tensors, files[0], *([f"give the {config['own']['network']} that it was made with"] if own else []))
     said = {"hash": digest, "matched": len(tensors), "path": str(Path(backbone).absolute())}
     record = described(network.config, **{"family": "saccade", **config.get("record", {}), **said})
     encoder = _finish(network, record, image_size, other)
@@ -293,6 +304,26 @@ def _empty(config: dict[str, Any], path: Path) -> Backbone:
     except (ValidationError, TypeError) as error:
         raise SaccadeError(f"{path} describes no backbone of ours: {str(error).splitlines()[0]}", path=path) from None
     return _network(family, settings)
+
+
+def _own(
+    config: dict[str, Any], path: Path, given: Own | nn.Module | None, image_size: int | None, other: Other
+) -> Backbone:
+    """The user's own network that a config.json describes, in the module that was given. Raises `SaccadeError`."""
+    try:
+        settings = OwnConfig(**config["own"])
+    except (ValidationError, TypeError) as error:
+        raise SaccadeError(f"{path} describes no backbone of ours: {str(error).splitlines()[0]}", path=path) from None
+    if given is None:
+        raise SaccadeError(
+            f"{path.parent} is of a network of the user's own, of the class {settings.network}", path=path,
+            hint=f"in Python: saccade.load(…, network={settings.network}()), which evaluate and embed take",
+        )  # fmt: skip
+    if other != Other():
+        raise SaccadeError(
+            "a network of your own reads what it was made for", path=path, hint="it takes image_size alone"
+        )
+    return Own.of(given).again(settings, image_size)
 
 
 def _network(family: str, settings: Any) -> Backbone:

@@ -27,6 +27,7 @@ from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
+from saccade.own import OwnConfig
 
 __all__ = ["evaluate"]
 
@@ -85,15 +86,19 @@ def evaluate(
         "image_size": encoder.preprocess.crop,
         "quarantined": len(extracted.failures),
         "unreadable": [{"key": key, "reason": reason} for _, key, reason in extracted.failures[:20]],
-        "warnings": [
-            *data.warnings,
-            *(f"{n} a class: {why}" for n, why in (exam.plan.short | exam.plan.skipped).items()),
-        ],
+        "warnings": _warnings(data, exam, encoder if baselines else None),
         "seed": seed,
         "images_per_second": round((len(extracted.train) + len(extracted.test)) / max(read, 1e-9), 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
     return _written(result, out)
+
+
+def _warnings(data: Labelled, exam: _Exam, compared: Encoder | None) -> list[str]:
+    """What is odd about the data, which counts are short, and of `compared` that it cannot be measured untrained."""
+    said = [*data.warnings, *(f"{n} a class: {why}" for n, why in (exam.plan.short | exam.plan.skipped).items())]
+    own = compared is not None and isinstance(compared.backbone.config, OwnConfig)
+    return said + (["untrained: not measured, since only you can build your own network anew"] if own else [])
 
 
 def _written(result: dict[str, Any], out: str | Path | None) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class Config(recipe.SpreadDistillation):
     registers: int = Field(4, ge=0, description="register tokens")
     stretch: float = Field(2.0, ge=1, description="RoPE's coordinates are scaled by up to this in each block, or down")
     local_norm: bool = Field(False, description="small crops have a last norm of their own (the released 7B)")
-    momentum: float = Field(0.994, ge=0, le=1, description="what the teacher keeps a step; 0.999 from `gram` on")
+    momentum: float = Field(0.994, ge=0, le=1, description="what the teacher keeps a step")
+    late_momentum: float = Field(0.999, ge=0, le=1, description="what it keeps from `gram` on")
     anchor: float = Field(0.15, gt=0, lt=1, description="part of training after which the teacher is kept: the anchor")
     gram: float = Field(0.82, gt=0, le=1, description="part of training from which patches are held to the anchor")
     refresh: float = Field(0.008, gt=0, lt=1, description="part of training after which it is the teacher again")
@@ -82,7 +83,7 @@ def stages(config: Config) -> list[tuple[float, Config]]:
     """Until the teacher is kept, until patches are held to it, until it is renewed (three times), until crops grow."""
     names = ("first", "kept", "held", *["renewed"] * 3, "high")
     times = (config.anchor, config.gram, *(config.gram + n * config.refresh for n in (1, 2, 3)), config.high, 1.0)
-    later = {"momentum": 0.999}
+    later = {"momentum": config.late_momentum}
     changes = {"first": {}, "kept": {}, "high": later | {"gram_weight": 0.75 * config.gram_weight}}
     made = zip(times, ({"stage": name, **changes.get(name, later)} for name in names), strict=True)
     return [(until, config.model_copy(update=new)) for until, new in made][: 7 if config.high < 1 else 6]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, Literal
 
 import torch
@@ -11,8 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from saccade import augment, heads, losses, optim, recipe
-from saccade import backbone as backbones
+from saccade import augment, backbone, heads, losses, optim, recipe
 from saccade.data import Batch
 from saccade.draws import Draws
 from saccade.errors import SaccadeError
@@ -44,7 +42,7 @@ class Config(recipe.MultiCrop):
 
     def peak(self) -> float:
         """The square-root rule."""
-        return self.lr * math.sqrt(self.batch / 1024)
+        return self.lr * (self.batch / 1024) ** 0.5
 
     def backbone(self) -> dict[str, Any]:
         """ViTs as DINOv3's, without a mask token: nothing is hidden from a student."""
@@ -52,8 +50,10 @@ class Config(recipe.MultiCrop):
         return rope | {"layer_scale": self.layer_scale} if self.arch.lower().startswith("vit-") else {}
 
     def teachers(self) -> dict[str, str | None]:
-        """The one."""
         return {"teacher": self.teacher}
+
+    def canvas(self) -> int:
+        return round(max(1.0, self.teacher_scale) * super().canvas())  # a pixel for each of its crops' own, too
 
 
 def with_heads() -> Config:
@@ -76,19 +76,21 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
 class Method(recipe.Method):
     """Students, each a backbone and what it answers the teacher with, and their slow averages, which come out."""
 
-    def __init__(self, config: Config, backbone: nn.Module, teachers: dict[str, nn.Module]):
-        super().__init__(config, backbone, teachers)
+    def __init__(self, config: Config, network: nn.Module, teachers: dict[str, nn.Module]):
+        super().__init__(config, network, teachers)
         self.config, teacher = config, teachers["teacher"]
         if config.learn == "features" and config.local_crops + config.queue:
             raise SaccadeError("--local-crops and --queue need heads", path="--learn", hint="give --learn heads")
+        if len({config.arch, *config.students}) <= len(config.students):
+            raise SaccadeError("a student is named twice", path="--students", hint="each once; --arch is the first")
         self.students, self.averages = nn.ModuleDict(), nn.ModuleDict()
-        others = {arch: backbones.build_for(config.model_copy(update={"arch": arch})) for arch in config.students}
-        for arch, network in {config.arch: backbone, **others}.items():
-            answers = teacher.pupil(network.config.width, config.learn)
-            self.students[arch] = nn.ModuleDict({"backbone": network, **answers})
-            self.averages[arch] = copy.deepcopy(network).requires_grad_(False)
+        others = {arch: backbone.build_for(config.model_copy(update={"arch": arch})) for arch in config.students}
+        for arch, made in {config.arch: network, **others}.items():
+            answers = teacher.pupil(made.config.width, config.learn, math.prod(made.config.grid) > 0)
+            self.students[arch] = nn.ModuleDict({"backbone": made, **answers})
+            self.averages[arch] = copy.deepcopy(made).requires_grad_(False)
         self.even = teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate)
-        self.last, self.steps = list(answers)[-1], nn.Buffer(torch.zeros(()))
+        self.steps = nn.Buffer(torch.zeros(()))
 
     def encoder(self) -> nn.Module:
         return self.averages[self.config.arch]
@@ -97,7 +99,6 @@ class Method(recipe.Method):
         return {arch: self.averages[arch] for arch in self.config.students}
 
     def chance(self) -> dict[str, float]:
-        """Where a student tells no prototypes apart: ln K."""
         return self.teachers["teacher"].chance() if self.config.learn == "heads" else {}
 
     def groups(self, t: float) -> list[optim.Group]:
@@ -109,8 +110,7 @@ class Method(recipe.Method):
         lesson, weights = self.lesson(batch), {"cls": 1.0, "patch": self.config.patch_weight}
         found = {arch: self.compare(student, batch, *lesson) for arch, student in self.students.items()}
         each = {arch: sum(weights[kind] * part for kind, part in parts.items()) for arch, parts in found.items()}
-        metrics = {f"{k}_loss": torch.stack([parts[k].detach() for parts in found.values()]).mean() for k in lesson[0]}
-        metrics |= {f"loss_{arch}": loss.detach() for arch, loss in each.items()} if len(each) > 1 else {}
+        metrics = heads.told_of_students(found, each)
         return sum(each.values()), metrics | (heads.concentration(lesson[0]["cls"]) if len(lesson) > 2 else {})
 
     @torch.no_grad()
@@ -121,14 +121,15 @@ class Method(recipe.Method):
         grid, tokens = tuple(patches.shape[2:]), {"cls": vectors, "patch": patches.flatten(2).mT}
         if self.config.learn == "features":
             return {kind: even(tokens[kind]) for kind, even in self.even.items()}, grid
-        asked = heads.some_patches(batch["words"], math.prod(grid), self.config.asked)
+        asked = heads.some_patches(batch["words"], tokens["patch"].shape[1], self.config.asked)
         return teacher.answers(self.even, tokens | {"patch": tokens["patch"][asked]}), grid, asked
 
     def compare(self, student: nn.ModuleDict, batch: Batch, targets: dict[str, Tensor], *where: Any) -> dict[str, Any]:
         """How far a student's answers are from the targets, its patches being brought to the teacher's grid."""
-        backbone, head, patch_head = student["backbone"], student["head"], student[self.last]
+        backbone, head, patch_head = student["backbone"], student["head"], [*student.values()][-1]
         seen, (grid, *asked) = backbone(batch["globals"]), where
         vectors, patches = backbone.embedding(seen), heads.regrid(seen.patches, seen.grid, grid)
+        targets = targets if patches.shape[1] else {"cls": targets["cls"]}  # some give one vector alone
         if not asked:
             answers = {"cls": head(vectors), "patch": patch_head(patches)}
             return {kind: losses.feature_distance(answers[kind], target) for kind, target in targets.items()}
@@ -142,8 +143,7 @@ class Method(recipe.Method):
 
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """Averages are of the last ninth of the steps, in the long run at a constant pace; what evens out moves on."""
-        self.steps += 1
-        part = torch.clamp(9 / (9 + self.steps), min=1 - self.config.momentum)
+        part = torch.clamp(9 / (9 + self.steps.add_(1)), min=1 - self.config.momentum)
         for arch, student in self.students.items():
             optim.average(self.averages[arch], student["backbone"], part)
         for even in self.even.values():
