@@ -254,6 +254,7 @@ def test_public_names() -> None:
         "Features",
         "Hit",
         "Index",
+        "Own",
         "Run",
         "SaccadeError",
         "__version__",

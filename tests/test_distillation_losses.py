@@ -145,6 +145,16 @@ def test_a_queue_is_kept_in_checkpoints_and_a_step_is_not() -> None:
     assert heads.Assignment("centre", 64, 6, momentum=0.9).state_dict().keys() == {"centre"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"queue": 8}, "--queue"), ({"patch_prototypes": 48}, "--patch-prototypes"), ({"patch_hidden": 9}, "--separate")],
+)
+def test_what_would_be_ignored_is_refused(changes: dict[str, int], flag: str) -> None:
+    """A queue beside a centre, and the sizes of a head that patches do not have."""
+    with pytest.raises(SaccadeError, match=flag):
+        build(dinov2, **changes)
+
+
 @pytest.mark.parametrize(("queue", "better"), [(4, 8), (20, 16), (31, 32)])
 def test_a_queue_of_parts_of_steps_is_refused(queue: int, better: int) -> None:
     """Which samples of the oldest step it kept would depend on ranks and on accumulation."""

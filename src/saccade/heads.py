@@ -119,6 +119,8 @@ class Assignment(nn.Module):
         self, kind: Literal["centre", "sinkhorn"], prototypes: int, bottleneck: int, *, momentum: float, queue: int = 0
     ):
         super().__init__()
+        if queue and kind == "centre":
+            raise SaccadeError("a centre needs no queue", path="--queue", hint="it is for Sinkhorn-Knopp: give 0")
         self.kind, self.momentum, self.queue = kind, momentum, queue
         self._fresh: list[Tensor] = []
         if kind == "centre":
@@ -239,12 +241,15 @@ def student_and_teacher(
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """A backbone with a head of each of these widths, and a copy of them all that no gradient moves.
 
-    Raises `SaccadeError` where KoLeo's groups do not divide what this rank sees at a time.
+    Raises `SaccadeError` where KoLeo's groups do not divide what this rank sees at a time, and for sizes of a
+    head that is not there.
     """
     if config.koleo_weight:
         losses.check_groups(config.batch // config.accumulate // distributed.world(), config.koleo_group)
     shape = {"hidden": config.hidden, "bottleneck": config.bottleneck}
     own = {"hidden": config.patch_hidden, "bottleneck": config.patch_bottleneck}
+    if "patch_head" not in widths and any((config.patch_prototypes, *own.values())):
+        raise SaccadeError("patches have no head of their own", path="--patch-prototypes", hint="give --separate-heads")
     shapes = {"head": shape, "patch_head": shape | {name: width for name, width in own.items() if width is not None}}
     how = {"norm": config.head_norm, "lengths": lengths}
     made = {name: DINOHead(backbone.config.width, count, **shapes[name], **how) for name, count in widths.items()}

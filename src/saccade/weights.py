@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -323,7 +323,7 @@ def _own(
         raise SaccadeError(
             "a network of your own reads what it was made for", path=path, hint="it takes image_size alone"
         )
-    return Own.of(given).again(settings, image_size)
+    return cast(Backbone, Own.of(given).again(settings, image_size))
 
 
 def _network(family: str, settings: Any) -> Backbone:

@@ -86,7 +86,7 @@ class Method(recipe.Method):
         self.students, self.averages = nn.ModuleDict(), nn.ModuleDict()
         others = {arch: backbone.build_for(config.model_copy(update={"arch": arch})) for arch in config.students}
         for arch, made in {config.arch: network, **others}.items():
-            answers = teacher.pupil(made.config.width, config.learn, math.prod(made.config.grid) > 0)
+            answers = teacher.pupil(made.config.width, config.learn, all(made.config.grid))
             self.students[arch] = nn.ModuleDict({"backbone": made, **answers})
             self.averages[arch] = copy.deepcopy(made).requires_grad_(False)
         self.even = teacher.even(config.learn, config.queue, 2 * config.batch, config.accumulate)
