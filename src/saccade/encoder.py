@@ -74,13 +74,13 @@ class Preprocess:
 
     def sized(
         self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"], size: list[int]
-    ) -> Shaped[Tensor, "c h w"]:
+    ) -> Shaped[Tensor, "c _ _"]:
         """The whole picture, as high and as wide as `size` says."""
         return _interpolated(self._pixels(picture), size, self.interpolation)
 
     def natural(
         self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"], patch: int, patches: int
-    ) -> Shaped[Tensor, "c h w"]:
+    ) -> Shaped[Tensor, "c _ _"]:
         """The whole picture near its own aspect, in at most so many patches of this side; as above otherwise."""
         pixels = self._pixels(picture)
         return self.sized(pixels, natural_size(pixels.shape[1], pixels.shape[2], patch, patches))
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
             )
         return self.backbone(images, tokens=tokens) if isinstance(self.backbone, ViT) else self.backbone(images)
 
-    def natural(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c h w"]:
+    def natural(self, picture: Image.Image | str | Path | Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "c _ _"]:
         """A picture near its own aspect, with as many patches as fit into those of `preprocess`.
 
         For one call a picture, where shape matters or a family was trained so (NaFlex). Raises `Unreadable`.
