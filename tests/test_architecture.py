@@ -245,6 +245,7 @@ def test_public_names() -> None:
         "Features",
         "Hit",
         "Index",
+        "Own",
         "Run",
         "SaccadeError",
         "__version__",
