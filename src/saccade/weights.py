@@ -308,7 +308,7 @@ def _empty(config: dict[str, Any], path: Path) -> Backbone:
 
 def _own(
     config: dict[str, Any], path: Path, given: Own | nn.Module | None, image_size: int | None, other: Other
-) -> Any:
+) -> Backbone:
     """The user's own network that a config.json describes, in the module that was given. Raises `SaccadeError`."""
     try:
         settings = OwnConfig(**config["own"])

@@ -54,7 +54,7 @@ class Config(recipe.SpreadDistillation):
 
     def backbone(self) -> dict[str, Any]:
         """As released: rotated positions, registers, keys without bias (the 7B: nor queries and values)."""
-        bias = vit.SIZES[vit.parse(self.arch)[0]].get("qkv_bias", "k_masked")
+        bias = "none" if self.arch.lower().startswith("vit-7b/") else "k_masked"
         rope = {"position": "rope", "eps": 1e-5, "qkv_bias": bias, "mask_token": True}
         return {"layer_scale": self.layer_scale, "registers": self.registers, **rope}
 
