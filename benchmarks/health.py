@@ -23,6 +23,7 @@ import torch
 from saccade import convnet, heads, vit, watch
 from saccade.data import Sample, Source
 from saccade.errors import SaccadeError
+from saccade.health import Finding
 from saccade.recipes import dino, dinov2, ibot
 from saccade.run import Run
 from saccade.sources import open_source
@@ -144,31 +145,32 @@ class Case:
     source: type[Memory] = Memory
     broken: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
-    def names(self, history: list[dict[str, Any]]) -> list[int]:
-        """The steps at which the verdict was this one."""
-        return [entry["step"] for entry in history
-                if entry["verdict"] == self.verdict and self.words in (entry["advice"] or "")]  # fmt: skip
+    def named(self, finding: Finding) -> bool:
+        """Whether this is the verdict, with what its advice must say."""
+        return finding.verdict == self.verdict and self.words in (finding.advice or "")
 
 
 @contextlib.contextmanager
-def named_once(case: Case) -> Iterator[None]:
-    """A run ends as soon as its fault is named."""
-    before = watch.Watch.judge
+def ended_when_named(case: Case) -> Iterator[list[int]]:
+    """A run ends as soon as its fault is named; the step at which it was."""
+    before, steps = watch.Watch.judge, list[int]()
 
     def judge(self: Any, entry: dict[str, Any]) -> None:
         before(self, entry)
-        if case.verdict != "healthy" and case.names(self.monitor.history):
+        self.run.note(health=self.monitor.summary())
+        if case.verdict != "healthy" and case.named(self.monitor.finding):
+            steps.append(entry["step"])
             raise SaccadeError("named")
 
     watch.Watch.judge = judge  # type: ignore[method-assign]
     try:
-        yield
+        yield steps
     finally:
         watch.Watch.judge = before  # type: ignore[method-assign]
 
 
 HOT, PAPER = ({f"{name}_temperature": t for name in ("first", "teacher")} for t in (1.0, 0.04))
-BARE = {"head_norm": False, "steps": 120, "warmup": 0.4}  # without batch norm a centre takes longer to find its place
+BARE = {"head_norm": False, "steps": 120}
 FAULTS = [
     Case("teacher temperature too high", "dino", "uniform_teacher", "teacher_temperature", HOT),
     *(Case("rate too high", recipe, "diverged", "--lr", {"lr": 8.0}) for recipe in FIRST),
@@ -207,11 +209,14 @@ def healthy() -> list[Case]:
 def run(case: Case, pictures: list[torch.Tensor], out: Path) -> dict[str, Any]:
     """What the run's monitor said: its verdicts by step, and the last one."""
     settings, began = {**SHARED, **SMALL[case.recipe], **case.settings}, time.monotonic()
-    with case.broken(), named_once(case), contextlib.suppress(SaccadeError):  # a run that diverges ends so
+    with (
+        case.broken(),
+        ended_when_named(case) as named,
+        contextlib.suppress(SaccadeError),
+    ):  # a run that diverges ends so
         pretrain(case.source(pictures), recipe=case.recipe, out=out, **settings)
     record = Run(out).record
-    found = record["summary"]["health"] if "summary" in record else record.get("health", {"history": []})
-    named = case.names(found["history"])
+    found = record["summary"]["health"] if "summary" in record else record["health"]
     right = not found["history"] if case.verdict == "healthy" else bool(named) and named[0] <= WARMUP + LIMIT
     return {"name": case.name, "recipe": case.recipe, "right": right, "step": named[0] if named else None,
             "seconds": round(time.monotonic() - began, 1), **found}  # fmt: skip
