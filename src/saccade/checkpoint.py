@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from saccade import hub
 from saccade.errors import SaccadeError, nearest
 from saccade.hub import CONFIG, SHARDS, WEIGHTS
 from saccade.hub import PICKLE as BIN
+from saccade.settings import json_object
 from saccade.tensors import ARRAYS, PICKLES
 
 ONNX = "model.onnx"
@@ -69,12 +69,4 @@ def _no_such(name: str, place: Path) -> SaccadeError:
 
 def config_of(path: Path) -> dict[str, Any]:
     """What config.json says; nothing where there is none. Raises `SaccadeError`."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SaccadeError(f"{path} cannot be read: {error}", path=path, hint="copy it again") from None
-    if not isinstance(found, dict):
-        raise SaccadeError(f"{path} is no JSON object", path=path, hint="copy it again")
-    return found
+    return json_object(path) if path.is_file() else {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from saccade.errors import SaccadeError, nearest
 from saccade.linear import Linear
-from saccade.norm import BatchNorm
+from saccade.norm import BatchNorm, Normalised
 from saccade.settings import Settings
 from saccade.vit import IMAGENET_MEAN, IMAGENET_STD, Features, places
 
@@ -158,7 +158,7 @@ class ConvNeXtConfig(_Config):
         return side // self.stride  # what is left over at the end is not looked at
 
 
-class Convnet(nn.Module, ABC):
+class Convnet(Normalised, ABC):
     """Pictures in [0, 1] or uint8 to `Features`; `config` says all about it."""
 
     def __init__(self, config: ResNetConfig | ConvConfig | ConvNeXtConfig):
@@ -190,17 +190,6 @@ class Convnet(nn.Module, ABC):
     def finish(self, x: Float[Tensor, "b d h w"]) -> tuple[Float[Tensor, "b d"] | None, Float[Tensor, "b d h w"]]:
         """The class token, where there is one, and the map whose cells are the patches, of the last stage's output."""
         return None, x
-
-    def reset_buffers(self) -> None:
-        """Fill what follows from the config and is in no checkpoint."""
-        for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
-            buffer.copy_(torch.tensor(values))
-
-    def normalise(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pictures in [0, 1] or uint8 with the family's mean and spread taken out."""
-        scale = 1.0 if images.is_floating_point() else 255.0
-        mean, std = (part.view(-1, 1, 1) * scale for part in (self.mean, self.std))
-        return (images.to(self.mean.dtype) - mean) / std
 
     def forward(
         self, images: Shaped[Tensor, "b c h w"], *, drop: Float[Tensor, "b branches"] | None = None

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the whole batch, on however many ranks it lies, CPU or GPU."""
+"""Mean and spread taken out: of pictures as a family wants it, of a batch on however many ranks it lies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from saccade import distributed
+
+
+class Normalised(nn.Module):
+    """A network of pictures in [0, 1] or uint8, which takes out the mean and spread that its config names itself."""
+
+    config: Any
+    mean: Tensor
+    std: Tensor
+
+    def reset_buffers(self) -> None:
+        """Fill what follows from the config and is in no checkpoint."""
+        for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
+            buffer.copy_(torch.tensor(values))
+
+    def normalise(self, images: Shaped[Tensor, "b c ..."]) -> Float[Tensor, "b c ..."]:
+        """Pictures in [0, 1] or uint8 with mean and spread taken out; channels on the second axis."""
+        scale = 1.0 if images.is_floating_point() else 255.0
+        shape = (-1,) + (1,) * (images.ndim - 2)
+        return (images.to(self.mean.dtype) - (self.mean * scale).view(shape)) / (self.std * scale).view(shape)
 
 
 class BatchNorm(nn.Module):

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
+from saccade.norm import Normalised
 from saccade.settings import Settings, Training, flag
 from saccade.vit import IMAGENET_MEAN, IMAGENET_STD, Features, places
 
@@ -142,7 +143,7 @@ class Own:
         return module
 
 
-class OwnNetwork(nn.Module):
+class OwnNetwork(Normalised):
     """A module of the user's own as a backbone: normalised pictures go in, and its tensors are called `module.…`."""
 
     def __init__(self, module: nn.Module, config: OwnConfig):
@@ -166,17 +167,6 @@ class OwnNetwork(nn.Module):
     def drop_rates(self, rate: float) -> list[float]:
         """None."""
         return []
-
-    def reset_buffers(self) -> None:
-        """Fill what follows from the config and is in no checkpoint."""
-        for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
-            buffer.copy_(torch.tensor(values))
-
-    def normalise(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pictures in [0, 1] or uint8 with mean and spread taken out."""
-        scale = 1.0 if images.is_floating_point() else 255.0
-        mean, std = (part.view(-1, 1, 1) * scale for part in (self.mean, self.std))
-        return (images.to(self.mean.dtype) - mean) / std
 
     def forward(
         self, images: Shaped[Tensor, "b c h w"], *, drop: Float[Tensor, "b branches"] | None = None

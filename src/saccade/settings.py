@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -425,3 +426,14 @@ def from_file(path: str | Path) -> dict[str, Any]:
     return {
         own.get(name, name): value for name, value in ((str(key).replace("-", "_"), content[key]) for key in content)
     }
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of names and values holds. Raises `SaccadeError`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SaccadeError(f"{path} cannot be read: {error}", path=path, hint="copy it again") from None
+    if not isinstance(found, dict):
+        raise SaccadeError(f"{path} is no JSON object", path=path, hint="copy it again")
+    return found

@@ -23,6 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saccade.errors import SaccadeError
+from saccade.settings import json_object
 
 JSON, FACTS, SENTENCEPIECE, VOCABULARY, MERGES = (
     "tokenizer.json",
@@ -106,7 +107,7 @@ class Tokenizer:
         """
         place = Path(place).expanduser()
         folder, wanted = (place, None) if place.is_dir() else (place.parent, place.name)
-        facts = _json(folder / FACTS) if (folder / FACTS).is_file() else {}
+        facts = json_object(folder / FACTS) if (folder / FACTS).is_file() else {}
         kind = kind or _kind(facts)
         names = [name for name in (SENTENCEPIECE, JSON, VOCABULARY) if (folder / name).is_file()]
         name = wanted or next(iter(names), None)
@@ -248,16 +249,6 @@ def _library() -> Any:
     return tokenizers
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SaccadeError(f"{path} cannot be read: {error}", path=path, hint="copy it again") from None
-    if not isinstance(found, dict):
-        raise SaccadeError(f"{path} is no JSON object", path=path, hint="copy it again")
-    return found
-
-
 def _kind(facts: dict[str, Any]) -> Kind | None:
     """The kind that a tokenizer_config.json says, ours or transformers' class."""
     ours = facts.get(_OURS)
@@ -309,7 +300,7 @@ def _by_bytes(core: Any, split: str, *further: Any) -> None:
 def _byte_pairs(folder: Path) -> Any:
     """CLIP's: byte pairs inside words, the last of which says that the word ends."""
     library = _library()
-    vocabulary = _json(folder / VOCABULARY)
+    vocabulary = json_object(folder / VOCABULARY)
     path = folder / MERGES
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from saccade.depth import Kept, kept
 from saccade.errors import SaccadeError, nearest
 from saccade.linear import Linear, attend, linear
+from saccade.norm import Normalised
 from saccade.settings import Settings
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -443,7 +444,7 @@ class PatchEmbed(nn.Module):
         return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
-class ViT(nn.Module):
+class ViT(Normalised):
     """A Vision Transformer: pictures in [0, 1] or uint8 to `Features`. `vit.config` says all about it."""
 
     def __init__(self, config: ViTConfig):
@@ -512,8 +513,7 @@ class ViT(nn.Module):
 
     def reset_buffers(self) -> None:
         """Fill what follows from the config and is not in a checkpoint."""
-        for buffer, values in ((self.mean, self.config.mean), (self.std, self.config.std)):
-            buffer.copy_(torch.tensor(values))
+        super().reset_buffers()
         if self.config.position.startswith("sincos"):
             self.pos_embed.copy_(self._sincos(self.config.grid, None)[None])
         if self.rope_embed is not None:
@@ -521,12 +521,6 @@ class ViT(nn.Module):
 
     def _sincos(self, grid: tuple[int, ...], device: torch.device | None) -> Tensor:
         return sincos(grid, self.config.width, self.config.position == "sincos", device)
-
-    def normalise(self, images: Shaped[Tensor, "b c ..."]) -> Float[Tensor, "b c ..."]:
-        """Pictures in [0, 1] or uint8 with the family's mean and spread taken out; channels on the second axis."""
-        scale = 1.0 if images.is_floating_point() else 255.0
-        shape = (-1,) + (1,) * (images.ndim - 2)
-        return (images.to(self.mean.dtype) - (self.mean * scale).view(shape)) / (self.std * scale).view(shape)
 
     def picture(self, patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b c h w"]:
         """Pictures in [0, 1] from normalised patches of the native size, values in the order row, column, channel."""
