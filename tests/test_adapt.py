@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import small
+from toys import tiny
 from toys.sources import Pictures
 
 from saccade import (
@@ -59,11 +59,6 @@ def nano() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.SIZES, "nano", {"width": 48, "depth": 3, "heads": 3, "hidden": 96})
         yield
-
-
-def tiny(case: str) -> dict[str, Any]:
-    settings = small(case)
-    return {**settings, "arch": settings["arch"].replace("vit-ti", "vit-nano")}
 
 
 def knobs(case: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import small
+from toys import tiny
 from toys.sources import Pictures
 
 from saccade import adapt, backbone, cli, distributed, load, lora, recipe, vit, weights
@@ -37,11 +37,6 @@ def nano() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.SIZES, "nano", {"width": 48, "depth": 2, "heads": 3, "hidden": 96})
         yield
-
-
-def tiny(case: str) -> dict[str, Any]:
-    settings = small(case)
-    return {**settings, "arch": settings["arch"].replace("vit-ti", "vit-nano")}
 
 
 def gentle(case: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from saccade.optim import Group
 from saccade.own import Own
 from saccade.settings import (
     LENGTHS,
+    Captioned,
     MaskedDistillation,
     MultiCrop,
     SelfDistillation,
@@ -39,8 +40,8 @@ from saccade.settings import (
 from saccade.words import Words
 
 __all__ = [
-    "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "MultiCrop", "Recipe", "SelfDistillation",
-    "SpreadDistillation", "Taught", "Training", "Worded", "configure", "find", "names",
+    "Captioned", "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "MultiCrop", "Recipe",
+    "SelfDistillation", "SpreadDistillation", "Taught", "Training", "TwoTowers", "Worded", "configure", "find", "names",
 ]  # fmt: skip
 
 
@@ -183,6 +184,26 @@ class Coupled(Method):
         parameters = dict(self.named_parameters()) if own else {}
         terms = [(parameters[name] * direct).sum() for name, direct in (own or {}).items()]
         return sum(terms, (embeddings * gradient).sum()), {"embeddings": embeddings.detach()}
+
+
+class TwoTowers(Coupled):
+    """A method that compares pictures with texts: a backbone, and beside it what it learns of words (`pairing`)."""
+
+    beside = ("same",)
+    backbone: Any
+    pairing: Words
+
+    def encoder(self) -> nn.Module:
+        """The image tower."""
+        return cast(nn.Module, self.backbone)
+
+    def words(self) -> Words:
+        """The text tower, and the ways into the space that both share."""
+        return self.pairing
+
+    def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b 2 d"]:
+        """Pictures and texts in the shared space."""
+        return cast(Tensor, self.pairing(self.backbone.pooled(batch["images"]), batch["tokens"]))
 
 
 @dataclass(frozen=True)

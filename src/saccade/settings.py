@@ -101,6 +101,17 @@ class Worded(Training):
         return True
 
 
+class Captioned(Worded):
+    """What methods share that learn which words belong to which picture."""
+
+    min_scale: float = Field(1.0, gt=0, le=1, description="smallest crop, as a part of the picture's area; 1: no crop")
+    flip: float = Field(0.0, ge=0, le=1, description="how often a picture is mirrored; texts say left and right")
+
+    def canvas(self) -> int:
+        """The smallest crop of a square picture still has a pixel for each of its own."""
+        return math.ceil(self.image_size / math.sqrt(self.min_scale))
+
+
 class MultiCrop(Training):
     """What methods share that look at large and small crops (arXiv 2006.09882); `augment.multi_crop` makes them."""
 

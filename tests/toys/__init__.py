@@ -86,6 +86,12 @@ def small(case: str) -> dict[str, Any]:
     return {**shape, "batch": 8, "steps": 6, "lr": lr, **taught, **_SMALL.get(recipe, {})}
 
 
+def tiny(case: str) -> dict[str, Any]:
+    """The same on a `vit-nano`, which a test adds to `vit.SIZES` as small as it wants it."""
+    settings = small(case)
+    return {**settings, "arch": settings["arch"].replace("vit-ti", "vit-nano")}
+
+
 def teacher() -> str:
     """A run of dinov2 with both its heads, to learn from; made once for all processes that come of this one."""
     if "SACCADE_TOY_TEACHER" not in os.environ:

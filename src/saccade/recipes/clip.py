@@ -20,7 +20,7 @@ from saccade.draws import Draws
 from saccade.words import Words
 
 
-class Config(recipe.Worded):
+class Config(recipe.Captioned):
     """The paper's training (its tables 18 and 20)."""
 
     batch: int = Field(32768, ge=2, description="samples an optimizer step, over all ranks and accumulation together")
@@ -35,11 +35,6 @@ class Config(recipe.Worded):
     length: int = Field(77, ge=3, description="tokens of a text: longer ones are cut, shorter ones filled up")
     temperature: float = Field(0.07, gt=0, description="of the softmax over cosines at the start; it is learned")
     min_scale: float = Field(0.9, gt=0, le=1, description="smallest crop, as a part of the picture's area")
-    flip: float = Field(0.0, ge=0, le=1, description="how often a picture is mirrored; texts say left and right")
-
-    def canvas(self) -> int:
-        """The smallest crop of a square picture still has a pixel for each of its own."""
-        return math.ceil(self.image_size / math.sqrt(self.min_scale))
 
 
 def small_machine() -> Config:
@@ -58,10 +53,8 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     return {"images": images, "tokens": batch["text"].long(), "same": same}
 
 
-class Method(recipe.Coupled):
+class Method(recipe.TwoTowers):
     """Two towers; the loss is between the pairs of the whole batch."""
-
-    beside = ("same",)
 
     def __init__(self, config: Config, backbone: Any, teachers: dict[str, Any]):
         super().__init__(config, backbone, teachers)
@@ -69,21 +62,9 @@ class Method(recipe.Coupled):
         scale = -math.log(config.temperature)
         self.pairing = Words(config, backbone.config.width, clip=True, scale=scale)
 
-    def encoder(self) -> Any:
-        """The image tower."""
-        return self.backbone
-
-    def words(self) -> Words:
-        """The text tower, and both ways into the shared space."""
-        return self.pairing
-
     def chance(self) -> dict[str, float]:
         """The loss when every text fits every picture alike."""
         return {"loss": math.log(self.config.batch)}
-
-    def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b 2 d"]:
-        """Pictures and texts in the shared space."""
-        return self.pairing(self.backbone.pooled(batch["images"]), batch["tokens"])
 
     def couple(
         self, embeddings: Float[Tensor, "b 2 d"], t: Float[Tensor, ""], **beside: Tensor

@@ -20,7 +20,7 @@ from saccade.draws import Draws
 from saccade.words import Words
 
 
-class Config(recipe.Worded):
+class Config(recipe.Captioned):
     """The paper's training from scratch (its section 4.2)."""
 
     batch: int = Field(32768, ge=2, description="samples an optimizer step, over all ranks and accumulation together")
@@ -36,12 +36,6 @@ class Config(recipe.Worded):
     text_heads: int = Field(12, ge=1, description="attention heads of the text tower")
     scale: float = Field(10.0, gt=0, description="factor of cosines at the start; it is learned")
     bias: float = Field(-10.0, description="added to every logit at the start; it is learned")
-    min_scale: float = Field(1.0, gt=0, le=1, description="smallest crop, as a part of the picture's area; 1: no crop")
-    flip: float = Field(0.0, ge=0, le=1, description="how often a picture is mirrored; texts say left and right")
-
-    def canvas(self) -> int:
-        """The smallest crop of a square picture still has a pixel for each of its own."""
-        return math.ceil(self.image_size / math.sqrt(self.min_scale))
 
     def backbone(self) -> dict[str, Any]:
         """A ViT pools by attention, without a class token; pictures come to [-1, 1]."""
@@ -69,32 +63,18 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     return {"images": images, "tokens": batch["text"].long(), "same": same}
 
 
-class Method(recipe.Coupled):
+class Method(recipe.TwoTowers):
     """Two towers; the loss is between the pairs of the whole batch."""
-
-    beside = ("same",)
 
     def __init__(self, config: Config, backbone: Any, teachers: dict[str, Any]):
         super().__init__(config, backbone, teachers)
         self.config, self.backbone = config, backbone
         self.pairing = Words(config, backbone.config.width, scale=math.log(config.scale), bias=config.bias)
 
-    def encoder(self) -> Any:
-        """The image tower."""
-        return self.backbone
-
-    def words(self) -> Words:
-        """The text tower."""
-        return self.pairing
-
     def chance(self) -> dict[str, float]:
         """The loss when every text fits every picture alike: each is taken for a pair once in so many times."""
         n = self.config.batch
         return {"loss": math.log(n) + (n - 1) * math.log(n / (n - 1))}
-
-    def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b 2 d"]:
-        """Pictures and texts in the shared space."""
-        return self.pairing(self.backbone.pooled(batch["images"]), batch["tokens"])
 
     def couple(
         self, embeddings: Float[Tensor, "b 2 d"], t: Float[Tensor, ""], **beside: Tensor
