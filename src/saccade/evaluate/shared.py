@@ -1,0 +1,87 @@
+"""Pictures and texts as vectors of length 1 in the space that they share, and where such pictures are found."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saccade.data import Source
+from saccade.embed import examining, read_pictures
+from saccade.encoder import Encoder
+from saccade.errors import SaccadeError
+from saccade.evaluate.labelled import TEST
+from saccade.vit import Features
+
+_LISTS = (".jsonl", ".csv", ".tsv", ".parquet")
+_TEXTS = 256  # that go through the tower together
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """Vectors of the pictures that could be read, their rows of the source, and what could not."""
+
+    vectors: Float[Tensor, "n d"]
+    rows: list[int]
+    failures: list[tuple[int, str, str]]  # row, key, reason
+
+
+def pictured(encoder: Encoder, source: Source, rows: Sequence[int], workers: int, batch: int = 64) -> Pictured:
+    """Vectors of these rows. Raises `SaccadeError` where none can be read, and for vectors that are not numbers."""
+    found: list[Tensor] = []
+    good: list[int] = []
+    failures: list[tuple[int, str, str]] = []
+    with examining(encoder) as look:
+        for read in read_pictures(
+            source, [encoder.preprocess], rows=rows, batch=batch, workers=workers, words="evaluating"
+        ):
+            failures += read.failures
+            good += read.rows
+            if read.rows:
+                features: Features = look(read.views[0], tokens="cls" if _by_class(encoder) else "patches")
+                found.append(encoder.paired(features).float().cpu())
+    if not good:
+        first = f"; the first: {failures[0][1]}: {failures[0][2]}" if failures else ""
+        raise SaccadeError(f"none of {len(failures)} pictures can be used{first}", hint="look at the files", code=1)
+    return Pictured(_finite(torch.cat(found), "pictures"), good, failures)
+
+
+def _by_class(encoder: Encoder) -> bool:
+    return encoder.backbone.config.pooling == "cls"
+
+
+def worded(encoder: Encoder, texts: Sequence[str]) -> tuple[Float[Tensor, "n d"], list[int]]:
+    """Vectors of texts, and which of them were longer than the tower reads. Raises `SaccadeError`."""
+    pairing, found, cut = encoder.pairing(), list[Tensor](), list[int]()
+    with torch.inference_mode():
+        for start in range(0, len(texts), _TEXTS):
+            some = texts[start : start + _TEXTS]
+            found.append(pairing(pairing.tokens(some)).float().cpu())
+            assert pairing.tokenizer is not None
+            cut += [start + place for place in pairing.tokenizer.encode(some, pairing.tower.config.length).cut]
+    return _finite(torch.cat(found), "texts"), cut
+
+
+def _finite(vectors: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:
+    if not torch.isfinite(vectors).all():
+        raise SaccadeError(f"the vectors of {what} have NaN or infinite values", hint="the backbone is damaged", code=1)
+    return vectors
+
+
+def test_side(data: Path) -> tuple[Path | str, str]:
+    """What of a folder is examined, and its name: test.jsonl (or another list), test.tar, test/; else all of it.
+
+    `val` stands in where there is no `test`.
+    """
+    for name in TEST if data.is_dir() else ():
+        for place in [*(data / f"{name}{suffix}" for suffix in (*_LISTS, ".tar")), data / name]:
+            if place.exists():
+                return place, place.name
+        if (pattern := data / f"{name}-*.tar") and glob.glob(glob.escape(str(data)) + f"/{name}-*.tar"):
+            return str(pattern), pattern.name
+    return data, "all"
