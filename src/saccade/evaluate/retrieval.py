@@ -29,6 +29,7 @@ from saccade.sources import Files, open_source
 from saccade.sources.captions import usable
 
 AT = (1, 5, 10)
+_HINT = "captions are picture.txt beside picture.jpg, a column `caption` of a list, or .txt members of tar shards"
 _QUERIES, _ITEMS = 1024, 1 << 14
 """A tile of likenesses: 64 MB."""
 
@@ -40,7 +41,7 @@ def evaluate(encoder: Encoder, pairs: str | Path | Source, *, workers: int = 0) 
     """
     encoder.pairing()
     source, rows, part = _open(pairs, encoder)
-    seen = pictured(encoder, source, rows, workers)
+    seen = pictured(encoder, source, rows, workers, hint=_HINT)
     captions = Captions.of(source, seen.rows)
     vectors, cut = worded(encoder, captions.texts)
     found = {
@@ -102,8 +103,7 @@ class Captions:
             texts += some
             owner += [number] * len(some)
         if not texts:
-            hint = "picture.jpg with picture.txt, a list with a column `caption`, or tar shards with .txt members"
-            raise SaccadeError("none of the pictures has a caption", path="LABELLED", hint=hint)
+            raise SaccadeError("none of the pictures has a caption", path="LABELLED", hint=_HINT)
         same = np.unique([same_text(text) for text in texts], return_inverse=True)[1]
         return cls(texts, torch.tensor(owner), torch.from_numpy(same), len(rows))
 

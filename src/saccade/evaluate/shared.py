@@ -12,14 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saccade.data import Source
-from saccade.embed import examining, read_pictures
+from saccade.embed import Tokens, examining, read_pictures
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate.labelled import TEST
-from saccade.vit import Features
 
 _LISTS = (".jsonl", ".csv", ".tsv", ".parquet")
-_TEXTS = 256  # that go through the tower together
+_PICTURES, _TEXTS = 64, 256  # that go through a tower together
 
 
 @dataclass(frozen=True)
@@ -31,28 +30,30 @@ class Pictured:
     failures: list[tuple[int, str, str]]  # row, key, reason
 
 
-def pictured(encoder: Encoder, source: Source, rows: Sequence[int], workers: int, batch: int = 64) -> Pictured:
-    """Vectors of these rows. Raises `SaccadeError` where none can be read, and for vectors that are not numbers."""
+def pictured(
+    encoder: Encoder, source: Source, rows: Sequence[int], workers: int, *, hint: str = "look at the files"
+) -> Pictured:
+    """Vectors of these rows. Raises `SaccadeError` where none can be read, and for vectors that are not numbers.
+
+    `hint` says what to do where none can be read.
+    """
     found: list[Tensor] = []
     good: list[int] = []
     failures: list[tuple[int, str, str]] = []
+    needed: Tokens = "cls" if encoder.backbone.config.pooling == "cls" else "patches"
     with examining(encoder) as look:
         for read in read_pictures(
-            source, [encoder.preprocess], rows=rows, batch=batch, workers=workers, words="evaluating"
+            source, [encoder.preprocess], rows=rows, batch=_PICTURES, workers=workers, words="evaluating"
         ):
             failures += read.failures
             good += read.rows
             if read.rows:
-                features: Features = look(read.views[0], tokens="cls" if _by_class(encoder) else "patches")
+                features = look(read.views[0], tokens=needed)
                 found.append(encoder.paired(features).float().cpu())
     if not good:
         first = f"; the first: {failures[0][1]}: {failures[0][2]}" if failures else ""
-        raise SaccadeError(f"none of {len(failures)} pictures can be used{first}", hint="look at the files", code=1)
+        raise SaccadeError(f"none of {len(failures)} pictures can be used{first}", hint=hint, code=1)
     return Pictured(_finite(torch.cat(found), "pictures"), good, failures)
-
-
-def _by_class(encoder: Encoder) -> bool:
-    return encoder.backbone.config.pooling == "cls"
 
 
 def worded(encoder: Encoder, texts: Sequence[str]) -> tuple[Float[Tensor, "n d"], list[int]]:
@@ -73,7 +74,7 @@ def _finite(vectors: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:
     return vectors
 
 
-def test_side(data: Path) -> tuple[Path | str, str]:
+def test_side(data: Path) -> tuple[Path, str]:
     """What of a folder is examined, and its name: test.jsonl (or another list), test.tar, test/; else all of it.
 
     `val` stands in where there is no `test`.
@@ -82,6 +83,6 @@ def test_side(data: Path) -> tuple[Path | str, str]:
         for place in [*(data / f"{name}{suffix}" for suffix in (*_LISTS, ".tar")), data / name]:
             if place.exists():
                 return place, place.name
-        if (pattern := data / f"{name}-*.tar") and glob.glob(glob.escape(str(data)) + f"/{name}-*.tar"):
-            return str(pattern), pattern.name
+        if glob.glob(str(data / f"{name}-*.tar")):
+            return data / f"{name}-*.tar", f"{name}-*.tar"
     return data, "all"
