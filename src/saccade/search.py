@@ -268,10 +268,10 @@ def best_of(parts: Iterable[Float[Tensor, "q _"]], k: int) -> tuple[Int[Tensor, 
     rows = best = torch.empty(0)
     start = 0
     for scores in parts:
-        # all that reach the k-th score stay for the sort below, so that ties go by the order of the columns
-        reach = min(k, scores.shape[1])
-        reach = int((scores >= scores.topk(reach).values[:, -1:]).sum(dim=1).max())
-        top, chosen = scores.topk(reach)
+        top, chosen = scores.topk(min(k, scores.shape[1]))
+        reach = int((scores >= top[:, -1:]).sum(dim=1).max())
+        if reach > top.shape[1]:  # all that reach the k-th score stay, so that ties go by the order of the columns
+            top, chosen = scores.topk(reach)
         chosen, order = chosen.sort(dim=1)
         top, chosen = top.gather(1, order), chosen + start
         if start:
