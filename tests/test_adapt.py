@@ -34,7 +34,7 @@ from saccade import (
     vit,
 )
 from saccade import backbone as backbones
-from saccade.adapt import Watching, natural
+from saccade.adapt import Watching, natural, short
 from saccade.anchor import BRAKE, Anchored, anchored, architecture
 from saccade.distributed import Ranks
 from saccade.draws import Draws
@@ -631,6 +631,26 @@ def test_the_command_line_says_the_same(
         0.5,
     )
     assert asked["data"] == ["a", "b"] and "lr" not in asked and "batch" not in asked
+
+
+def test_sinkhorn_knopp_under_accumulation_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    losses, start = {}, tmp_path / "start"
+    pretrain(Pictures(16), recipe="dinov2", out=start, **tiny("dinov2") | {"steps": 2}, **QUIET)
+    for parts in (1, 2):
+        more = {**knobs("dinov2"), "batch": 8, "koleo_group": 4, "head_norm": False, "masked": 1.0, "queue": 0}
+        more |= {"assignment": "sinkhorn", "patch_weight": 0.0, "warm": 0.0}
+        run = adapt(Pictures(16), start=start, out=tmp_path / str(parts), steps=3, accumulate=parts, **more, **QUIET)
+        losses[parts] = [entry["loss"] for entry in run.metrics()]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) and len(losses[1]) == 3
+
+
+def test_short_runs_share_prototypes_out_by_whole_steps() -> None:
+    config = recipe.configure("dinov2", {})[0].config
+    found = {batch: short(config, {"batch": batch, "image_size": 56}, 14) for batch in (16, 48, 300)}
+    assert {batch: one["queue"] for batch, one in found.items()} == {16: 512, 48: 576, 300: 600}
+    assert found[16]["assignment"] == "sinkhorn"
+    assert short(config, {"batch": 16, "image_size": 56, "assignment": "centre"}, 14)["queue"] == 0
+    assert "queue" not in short(recipe.configure("mae", {})[0].config, {"batch": 16, "image_size": 56}, 14)
 
 
 def test_too_many_frozen_blocks_and_accumulated_pairs_are_refused(starts: dict[str, Path], tmp_path: Path) -> None:

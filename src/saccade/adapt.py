@@ -7,6 +7,7 @@ labelled pictures meets the start on others: it is handed over where it is bette
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -36,10 +37,16 @@ from saccade.watch import Watch
 STEPS, BATCH, LAYER_DECAY, RATE = 1000, 64, 0.75, 1e-3
 """What is not asked for: a length; at most so large a batch and a layer decay; the heads' learning rate."""
 SMALL = {
-    "prototypes": 1024, "hidden": 512, "head_norm": True, "first_temperature": 0.02, "teacher_temperature": 0.02,
-    "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
+    "prototypes": 256, "assignment": "sinkhorn", "hidden": 512, "head_norm": True, "first_temperature": 0.02,
+    "teacher_temperature": 0.02, "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
 }  # fmt: skip
-"""What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher."""
+"""What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher.
+
+A centre takes longer to find its place than the heads have to get warm: of 1,024 prototypes four were in use, and
+nothing was learned (docs/log.md).
+"""
+QUEUE = 512
+"""Former large crops, about, among which Sinkhorn-Knopp shares the prototypes out."""
 PATIENCE, FALLS = 5, 3
 """Evaluations without a better one, and roll-backs, after which a run ends."""
 _GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "lora", "roll_back", "looks")
@@ -107,12 +114,15 @@ def _trainable(encoder: Encoder, start: str | Path) -> Encoder:
 def short(config: type[Training], settings: Mapping[str, Any], patch: int) -> dict[str, Any]:
     """What a short run wants of a method with this config: `SMALL`, and what follows from length, batch and sides.
 
-    A teacher forgets its start in a tenth of the run; small crops are whole patches; KoLeo's groups divide the batch.
+    A teacher forgets its start in a tenth of the run; small crops are whole patches; KoLeo's groups divide the batch,
+    and the queue is of whole steps.
     """
     steps, batch = settings.get("steps") or STEPS, settings["batch"] // settings.get("accumulate", 1)
+    step = 2 * settings["batch"]
+    queue = 0 if settings.get("assignment") == "centre" else math.ceil(QUEUE / step) * step
     momentum = min(0.996, max(0.9, 1 - 10 / steps))
     side = max(2, round(0.43 * settings["image_size"] / patch)) * patch
-    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": _group(batch)}
+    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": _group(batch), "queue": queue}
     return {name: value for name, value in found.items() if name in config.model_fields}
 
 
