@@ -141,7 +141,7 @@ def test_words_beside_other_vectors(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     say.cache_clear()
     both.search(text="cat " * 40)
-    assert "more than the 8 tokens" in capsys.readouterr().err
+    assert "more than the text tower reads" in capsys.readouterr().err
 
 
 def test_words_that_cannot_be_looked_for(tmp_path: Path) -> None:

@@ -236,11 +236,8 @@ class Index:
         self.vectors(PAIR)  # raises where the index was made without
         with torch.inference_mode():
             found = _array(pairing([text])[0])
-        assert pairing.tokenizer is not None
-        if pairing.tokenizer.encode([text], pairing.tower.config.length).cut:
-            say(
-                f"the words are more than the {pairing.tower.config.length} tokens that the text tower reads: cut there"
-            )
+        if pairing.cut([text]):
+            say("the words are more than the text tower reads, and were cut")
         return found
 
     def _encoder(self) -> Encoder:

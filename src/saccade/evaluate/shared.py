@@ -63,8 +63,7 @@ def worded(encoder: Encoder, texts: Sequence[str]) -> tuple[Float[Tensor, "n d"]
         for start in range(0, len(texts), _TEXTS):
             some = texts[start : start + _TEXTS]
             found.append(pairing(pairing.tokens(some)).float().cpu())
-            assert pairing.tokenizer is not None
-            cut += [start + place for place in pairing.tokenizer.encode(some, pairing.tower.config.length).cut]
+            cut += [start + place for place in pairing.cut(some)]
     return _finite(torch.cat(found), "texts"), cut
 
 
