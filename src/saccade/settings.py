@@ -296,8 +296,8 @@ class EvaluateArguments(Settings):
     tasks: tuple[str, ...] = Field(
         ("knn", "linear", "few-label"), description="any of these and zero-shot, or segmentation or retrieval alone"
     )
-    templates: str | None = Field(None, description="zero-shot: file of prompts, one a line, {} stands for the class")
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
+    templates: str | None = Field(None, description="zero-shot: file of prompts, one a line, {} stands for the class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
