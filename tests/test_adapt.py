@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,6 +33,7 @@ from saccade import (
     recipe,
     report,
     vit,
+    weights,
 )
 from saccade import backbone as backbones
 from saccade.adapt import Watching, natural, short
@@ -44,6 +46,7 @@ from saccade.evaluate import gate
 from saccade.evaluate.labelled import read_labelled
 from saccade.evaluate.live import Live
 from saccade.model import Model
+from saccade.published import Prepared
 from saccade.report.charts import interval
 from saccade.settings import AdaptArguments, PretrainArguments
 from saccade.watch import Watch
@@ -631,6 +634,20 @@ def test_the_command_line_says_the_same(
         0.5,
     )
     assert asked["data"] == ["a", "b"] and "lr" not in asked and "batch" not in asked
+
+
+@pytest.mark.parametrize("rate", [0.05, 500.0])
+def test_pictures_are_prepared_as_for_the_start(
+    rate: float, starts: dict[str, Path], labelled: Path, tmp_path: Path
+) -> None:
+    """Whoever is handed over: a family that squeezes pictures to squares goes on to do so."""
+    start, prepared = load(starts["mae"]), Prepared(32, 32, "bilinear", square=True)
+    weights.save_backbone(tmp_path / "start", start.backbone, {**start.record, "preprocess": asdict(prepared)})
+    more = {**knobs("mae"), **QUIET, "steps": 4, "lr": rate, "backbone_rate": 1.0, "eval": str(labelled)}
+    run = adapt(Pictures(16), start=tmp_path / "start", out=tmp_path / "run", **more)
+    seen = load(tmp_path / "start").preprocess
+    assert seen.square and seen.interpolation == "bilinear" and load(run.path).preprocess == seen
+    assert not load(starts["mae"]).preprocess.square
 
 
 def test_sinkhorn_knopp_under_accumulation_is_that_of_the_whole_batch(tmp_path: Path) -> None:

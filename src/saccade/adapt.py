@@ -75,7 +75,8 @@ def adapt(
     whole = PretrainArguments(**for_the_loop, recipe=name, init=arguments.start)
     with distributed.ranks() as ranks, holding():
         with stop_requests() as requests:
-            adapting = Adapting(anchored(page, arguments, encoder), config, whole, parts, ranks, arguments)
+            prepared = encoder.record.get("preprocess")
+            adapting = Adapting(anchored(page, arguments, encoder), config, whole, parts, ranks, arguments, prepared)
             adapting.train(requests)
         return adapting.finish()
 
@@ -157,9 +158,12 @@ class Watching(Watch):
 
     measure = "knn"
 
-    def __init__(self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks, *, asked: AdaptArguments):
+    def __init__(
+        self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks, *, asked: AdaptArguments,
+        prepared: dict[str, Any] | None,
+    ):  # fmt: skip
         super().__init__(arguments, source, run, ranks)
-        self.asked = asked
+        self.asked, self._prepared = asked, prepared
 
     def begin(self, model: Model, steps: int, say: Any) -> None:
         """As `Watch`; and the model takes from its checkpoint how far it was."""
@@ -170,6 +174,10 @@ class Watching(Watch):
         super().begin(model, steps, say)
         way = (self.turn, self._falls, self._idle)  # which the first rank has read from the lines
         self.turn, self._falls, self._idle = self.ranks.from_first(lambda: way)
+
+    def _record(self, config: Training) -> dict[str, Any]:
+        """As `Watch`; and pictures are prepared as the start's family does it, before and after."""
+        return super()._record(config) | ({"preprocess": self._prepared} if self._prepared else {})
 
     def schedule(self) -> set[int]:
         """Also without labels: hints tell when features are lost."""
@@ -295,9 +303,9 @@ class Adapting(Pretraining):
 
     def __init__(
         self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks,
-        asked: AdaptArguments,
+        asked: AdaptArguments, prepared: dict[str, Any] | None,
     ):  # fmt: skip
-        self.asked, self.watching = asked, functools.partial(Watching, asked=asked)
+        self.asked, self.watching = asked, functools.partial(Watching, asked=asked, prepared=prepared)
         super().__init__(page, config, arguments, data, ranks)
         if self.watch.encoder is None:
             raise ranks.shared(
