@@ -208,6 +208,26 @@ def test_the_part_that_decides_is_held_out_of_train_by_group_and_test_is_never_r
     assert live._held == set(split.train[apart].tolist()), "the part that evaluate chooses penalties on"
 
 
+def test_each_picture_may_be_asked_of_those_of_other_groups() -> None:
+    encoder = saccade.encoder.Encoder(
+        saccade.vit.build("vit-ti/8", image_size=16, depth=1, width=48, heads=3, hidden=96), {}
+    )
+    live = Live(Guarded(90), None, Preprocess.at(16), 1000, leave_out=True)
+    found = live.measure(encoder)
+    vectors, labels, _ = live._look(encoder)
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    groups, right = [row // 3 for row in live._read], 0
+    for row in range(len(labels)):
+        others = [other for other in range(len(labels)) if groups[other] != groups[row]]
+        cosines = vectors[others] @ vectors[row]
+        near = cosines.topk(20).indices
+        votes = torch.zeros(2).scatter_add(0, labels[others][near], (cosines[near] / 0.07).exp())
+        right += int(votes.argmax() == labels[row])
+    assert live.examined == len(labels) == len(live._read) and found["knn"] == pytest.approx(100 * right / len(labels))
+    held = Live(Guarded(90), None, Preprocess.at(16), 1000)
+    assert held.measure(encoder)["linear"] == found["linear"] and held.examined < live.examined
+
+
 def test_large_labelled_data_are_read_in_part() -> None:
     source = Guarded(300)
     live = Live(source, None, Preprocess.at(16), 50)
