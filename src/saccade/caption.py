@@ -110,7 +110,7 @@ class Captioner(nn.Module):
     ) -> Float[Tensor, ""]:
         """Cross-entropy of a text's words and its end, meant over them and then over texts."""
         counted = self.counted(tokens)
-        share = (counted / (counted.sum(1, keepdim=True).clamp(min=1) * len(tokens)))[counted]
+        share = (counted.double() / (counted.sum(1, keepdim=True).clamp(min=1) * len(tokens)))[counted]
         x = self(tokens, patches, at_once, seen)[counted]
         return losses.vocabulary(x, self.word.weight, self.word.bias, tokens[counted], share)
 
