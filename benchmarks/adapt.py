@@ -27,6 +27,7 @@ import saccade
 from saccade.adapt import natural, short
 from saccade.anchor import architecture
 from saccade.draws import hash64
+from saccade.encoder import Preprocess
 from saccade.evaluate.live import Live
 from saccade.recipe import configure
 
@@ -54,9 +55,10 @@ def smaller(pack: Path, groups: str | None, counts: dict[str, int], place: Path)
     return place
 
 
-def tested(backbone: Any, pack: Path, groups: str | None, image_size: int) -> dict[str, Any]:
-    """The test side: k-NN, linear, ten a class, and which pictures k-NN gets right."""
-    encoder = saccade.load(backbone, image_size=image_size)
+def tested(backbone: Any, pack: Path, groups: str | None, prepared: Preprocess) -> dict[str, Any]:
+    """The test side, as the start sees pictures: k-NN, linear, ten a class, and which pictures k-NN gets right."""
+    encoder = saccade.load(backbone, image_size=prepared.crop)
+    encoder.preprocess = prepared  # naive runs have the convention's own, which would be compared too
     found = saccade.evaluate(encoder, pack, tasks=("knn", "linear", "few-label"), labels=(10,), baselines=False,
                              group_by=groups)  # fmt: skip
     live = Live(pack, groups, encoder.preprocess, 10_000, divide=lambda data: (data.train, data.test))
@@ -75,19 +77,19 @@ def cell(weights: str, pack: Path, groups: str | None, way: str, seed: int, aske
         "image_size": asked.image_size,
         "seed": seed,
     }
-    start = saccade.load(weights)
+    start = saccade.load(weights, image_size=asked.image_size)
     settings = {**short(config, settings, start.backbone.stride), **settings, "workers": 0}
     settings |= {"local_crops": asked.local_crops} if "local_crops" in settings else {}
     began, data = time.process_time(), str(pack / "train")
     if way == "naive":
         done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, arch=architecture(start), **settings)
-        found = {"scores": tested(run, pack, groups, asked.image_size), "handed_over": "candidate"}
+        found = {"scores": tested(run, pack, groups, start.preprocess), "handed_over": "candidate"}
     else:
         more = {"eval": data, "group_by": groups, "looks": asked.looks, **WAYS[way]}
         done = saccade.adapt(data, start=weights, out=run, recipe=recipe, **{**settings, **more})
         gate, best = done.summary["gate"], done.record["best"]
         still = best is None or best["warming"]
-        candidate = None if still else tested(run / "best", pack, groups, asked.image_size)
+        candidate = None if still else tested(run / "best", pack, groups, start.preprocess)
         found = {"scores": candidate, "handed_over": gate["handed_over"], "gate": gate, "best": best,
                  "rolled_back": done.summary["rolled_back"], "after": done.summary["after"],
                  "before": done.summary["before"]}  # fmt: skip
@@ -107,7 +109,8 @@ def study(asked: Any) -> None:
                 if target.exists():
                     continue
                 if way == "start":
-                    found = {"scores": tested(asked.weights, pack, groups or None, asked.image_size)}
+                    prepared = saccade.load(asked.weights, image_size=asked.image_size).preprocess
+                    found = {"scores": tested(asked.weights, pack, groups or None, prepared)}
                 else:
                     found = cell(asked.weights, pack, groups or None, way, seed, asked, out / "runs" / target.stem)
                 named = {"pack": name, "way": way, "seed": seed, "weights": asked.weights}

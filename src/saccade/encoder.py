@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,12 @@ class Preprocess:
         enlargement off again loses their border.
         """
         return cls(size if size < _WHOLE_BELOW else round(size * 256 / 224), size, channels)
+
+    @classmethod
+    def said(cls, record: Mapping[str, Any], size: int, channels: int = 3) -> Preprocess:
+        """As the published family does it that a record's weights began as, where it names one; else by convention."""
+        facts = record.get("preprocess")
+        return cls.at(size, channels) if facts is None else cls.of(Prepared(**facts), size, channels)
 
     @classmethod
     def of(cls, facts: Prepared, size: int, channels: int = 3) -> Preprocess:
@@ -141,7 +147,7 @@ class Encoder(nn.Module):
         self.backbone, self.record = backbone, record
         size = backbone.config.image_size if image_size is None else image_size
         self.grid: tuple[int, ...] = backbone.config.model_copy(update={"image_size": size}).grid
-        self.preprocess = preprocess or Preprocess.at(size, backbone.config.channels)
+        self.preprocess = preprocess or Preprocess.said(record, size, backbone.config.channels)
         self.text: Pairing | None = None
 
     @property

@@ -288,7 +288,7 @@ class AdaptArguments(RunArguments):
     warm: float = Field(
         0.3, ge=0, lt=1, description="part of the steps, at most, in which fresh heads learn on a still backbone"
     )
-    backbone_rate: float = Field(0.05, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
+    backbone_rate: float = Field(0.15, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
     anchor_patches: float = Field(
         1.0, ge=0, description="weight of the distance from the start in how alike the patches of a picture are"
     )
