@@ -38,7 +38,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "siglip": _WORDS | {"lr": 0.01, "warmup": 0.05, "min_scale": 0.5},
     "siglip2": _WORDS
     | {"lr": 0.003, "warmup": 0.05, "min_scale": 0.5, "local_crops": 2, "local_size": 16, "prototypes": 256}
-    | {"hidden": 48, "colour": 0.5, "distil": 0.3, "fixed": 0.65, "tail_size": 40, "factor": 1.0},
+    | {"hidden": 48, "colour": 0.5, "distil": 0.3, "fixed": 0.65, "tail_size": 40},
     "dino": _DISTILLED,
     "ibot": _DISTILLED,
     "dinov2": _DISTILLED
