@@ -7,7 +7,8 @@
 A pack is a folder with train/CLASS and test/CLASS, and behind @ the pattern of its groups. Training, choosing and the
 gate see nothing but the train side; of each cell the test side is read once, at its end. A cell is one JSON file in
 OUT: what is there is not done again, and a run that was stopped goes on. `naive` is `pretrain --init`: fresh heads, the
-whole network, the recipe's own rate; then `adapt`, whole and without one of its parts.
+whole network, the recipe's own rate and settings; `naive-short` the same with the settings that adapt gives a short
+run; then `adapt`, whole and without one of its parts.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from saccade.recipe import configure
 
 WAYS: dict[str, dict[str, Any]] = {
     "naive": {},
+    "naive-short": {},
     "adapt": {},
     "no-warm-heads": {"warm": 0.0},
     "no-anchor": {"anchor_patches": 0.0, "anchor_token": 0.0},
     "no-layer-decay": {"layer_decay": 1.0},
     "no-roll-back": {"roll_back": False},
 }
+SAME = ("steps", "batch", "image_size", "seed", "workers")
 MEASURES = ("knn", "linear", "few_label_10")
 
 
@@ -81,7 +84,10 @@ def cell(weights: str, pack: Path, groups: str | None, way: str, seed: int, aske
     settings = {**short(config, settings, start.backbone.stride), **settings, "workers": 0}
     settings |= {"local_crops": asked.local_crops} if "local_crops" in settings else {}
     began, data = time.process_time(), str(pack / "train")
-    if way == "naive":
+    if way.startswith("naive"):
+        if way == "naive":  # what must fit the batch and the patches stays
+            fits = (*SAME, "local_size", "koleo_group", "local_crops")
+            settings = {name: value for name, value in settings.items() if name in fits}
         done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, arch=architecture(start), **settings)
         found = {"scores": tested(run, pack, groups, start.preprocess), "handed_over": "candidate"}
     else:
@@ -177,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--recipe")
     for name, default in (("steps", 60), ("batch", 16), ("image-size", 56), ("local-crops", 2), ("train", 1200),
-                          ("test", 400), ("looks", 6)):  # fmt: skip
+                          ("test", 400), ("looks", 3)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     if asked.table:

@@ -179,7 +179,11 @@ class Encoder(nn.Module):
 
     def pair(self, images: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b e"]:
         """Pictures as vectors of length 1 in the space of its texts. Raises `SaccadeError` without a text tower."""
-        return self._texts().images(self.backbone.pooled(images))
+        return self.pairing().images(self.backbone.pooled(images))
+
+    def paired(self, features: Features) -> Float[Tensor, "b e"]:
+        """As `pair`, of features that are there already."""
+        return self.pairing().images(self.embedding(features))
 
     def logits(
         self, images: Shaped[Tensor, "b ..."], texts: Sequence[str] | Int[Tensor, "c l"]
@@ -188,10 +192,11 @@ class Encoder(nn.Module):
 
         Raises `SaccadeError` without a text tower.
         """
-        pairing = self._texts()
+        pairing = self.pairing()
         return pairing.logits(self.pair(images), pairing(texts))
 
-    def _texts(self) -> Pairing:
+    def pairing(self) -> Pairing:
+        """Its text tower, and how texts and pictures are compared. Raises `SaccadeError` where there is none."""
         if self.text is None:
             refused = (self.record.get("text") or {}).get("refused")
             why = f": what is there was refused, as {refused}" if refused else ""
