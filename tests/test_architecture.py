@@ -34,6 +34,8 @@ LAYERS = {
             "losses",
             "pair_losses",
             "words",
+            "caption",
+            "naflex",
             "tokenizer",
             "norm",
             "optim",

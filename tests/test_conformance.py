@@ -33,7 +33,7 @@ from saccade.tour import PICTURES
 
 SHIPPED = recipe.names()
 TOYS = sorted(SOURCES)
-NEED_A_VIT = ["dinov2", "dinov3", "ibot", "mae"]
+NEED_A_VIT = ["dinov2", "dinov3", "ibot", "mae", "siglip2"]
 CONVNETS = [f"{name}-on-a-convnet" for name in SHIPPED if name not in NEED_A_VIT]
 CASES = [*SHIPPED, *TOYS, *CONVNETS]
 

@@ -14,7 +14,7 @@ from test_published_clip import NUMBERS, _apart, _images, _ours, _redrawn
 from torch import Tensor
 
 from saccade import published, vit, weights
-from saccade.encoder import natural_size
+from saccade.naflex import natural_size
 
 transformers = pytest.importorskip("transformers")
 theirs_page = pytest.importorskip("transformers.models.siglip2.image_processing_pil_siglip2")

@@ -42,7 +42,7 @@ from torch import Tensor
 from saccade.data import Batch
 from saccade.draws import Draws, Stream
 from saccade.errors import SaccadeError
-from saccade.settings import MultiCrop
+from saccade.settings import Captioned, MultiCrop
 
 Interpolation = Literal["bicubic", "bilinear"]
 Colour = Literal["steps", "matrix"]
@@ -212,6 +212,18 @@ def _uniform(stream: Stream, views: Views, n: int) -> Float[Tensor, "v n"]:
     return stream.uniform(n * count).reshape(images, count, n).transpose(0, 1).reshape(len(views), n)
 
 
+def captioned(config: Captioned, batch: Batch, draws: Draws) -> tuple[Views, Batch]:
+    """A view of each picture, whole or a crop, its text's `tokens`, and the numbers of what is the `same`.
+
+    These are of picture and text: a sample that shares one with another is no negative of it.
+    """
+    rows = whole(batch["size"])
+    if config.min_scale < 1:
+        rows = random_resized_crop(draws.sample("crop"), batch["size"], scale=(config.min_scale, 1.0))
+    same = torch.stack([batch["key"], batch["text_key"]], 1).to(batch["pixels"].device)
+    return flip(rows, draws.sample("flip"), config.flip), {"tokens": batch["text"].long(), "same": same}
+
+
 @torch.no_grad()
 def multi_crop(
     config: MultiCrop,
@@ -219,29 +231,30 @@ def multi_crop(
     draws: Draws,
     *,
     blurred: tuple[float, float, float],
+    large: Literal[1, 2] = 2,
     plain: int | None = None,
     again: int | None = None,
     stretch: bool = False,
 ) -> Batch:
-    """Large crops `globals` [2B C S S], small `locals`, and `drop`: a random word a crop for its stochastic depth.
+    """Crops `globals` [2B C S S], or [B C S S] of one `large`, small `locals`, and `drop`: words for stochastic depth.
 
-    The words stay on the CPU, which thereby knows how much is left in (`depth.kept`).
+    These stay on the CPU, which thereby knows how much is left in (`depth.kept`).
 
     `blurred`: the method's rates of blur for the first and the second large crop and for small ones. `plain`: also the
     large crops in this size and in their own colours, as `plain` [2B C P P]. `again`: also, where it is another size
     than theirs, the same views in this one, as `again` [2B C A A]. `stretch`: also words for RoPE, the same for all
     large crops of a step and for all small ones. Every first axis is view-major.
     """
-    size, few = batch["size"], config.local_crops
-    large = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=2)
+    size, few, many = batch["size"], config.local_crops, large * len(batch["size"])
+    wide = random_resized_crop(draws.sample("globals"), size, scale=config.global_scale, count=large)
     small = random_resized_crop(draws.sample("locals"), size, scale=config.local_scale, count=max(1, few))
-    seen = flip(concatenate([large, small]), draws.sample("flip"), config.flip)
-    made = {} if plain is None else {"plain": render(batch["pixels"], seen[: 2 * len(size)], plain)}
+    seen = flip(concatenate([wide, small]), draws.sample("flip"), config.flip)
+    made = {} if plain is None else {"plain": render(batch["pixels"], seen[:many], plain)}
     largest = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     change = {name: config.colour * value for name, value in largest.items()}
     seen = jitter(seen, draws.sample("jitter"), **change, probability=0.8)
     seen = grey(seen, draws.sample("grey"), config.grey)
-    first, second, small = seen[: len(size)], seen[len(size) : 2 * len(size)], seen[2 * len(size) :]
+    first, second, small = seen[: len(size)], seen[len(size) : many], seen[many:]
     first = blur(first, draws.sample("blur 1"), probability=blurred[0] * config.blur)
     second = blur(second, draws.sample("blur 2"), probability=blurred[1] * config.blur)
     second = solarise(second, draws.sample("solarise"), probability=config.solarise)
@@ -255,8 +268,8 @@ def multi_crop(
         made["locals"] = render(batch["pixels"], small, config.local_size)
     if stretch:
         words = draws.step("stretch").shared(2).mul(2**24).long()
-        made["stretch"] = words[[0] * 2 + [1] * few].repeat_interleave(len(size)).to(batch["pixels"].device)
-    return made | {"drop": draws.step("drop").bits(2 + few).T.flatten()}
+        made["stretch"] = words[[0] * large + [1] * few].repeat_interleave(len(size)).to(batch["pixels"].device)
+    return made | {"drop": draws.step("drop").bits(large + few).T.flatten()}
 
 
 def render(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from saccade import convnet, vit
+from saccade import caption, convnet, vit
 from saccade.errors import SaccadeError, nearest
 from saccade.own import OwnConfig
 from saccade.settings import Settings, Training, flag
@@ -104,7 +104,14 @@ FAMILIES = {
 }
 
 
-UNITS = (vit.Block, convnet.BasicBlock, convnet.Bottleneck, convnet.ConvBlock, convnet.ConvNeXtBlock)
+UNITS = (
+    vit.Block,
+    caption.CaptionBlock,
+    convnet.BasicBlock,
+    convnet.Bottleneck,
+    convnet.ConvBlock,
+    convnet.ConvNeXtBlock,
+)
 """What is sharded as one piece: the blocks."""
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from saccade.errors import SaccadeError
@@ -257,6 +257,14 @@ def unshard(wrapped: nn.Module) -> None:
     """Gathers the parameters that a sharded method holds itself, outside its units, to be read before its forward."""
     if isinstance(wrapped, FSDPModule):
         wrapped.unshard()
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Puts into a tensor, of which this rank may hold a part, its part of one that every rank has whole."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+    tensor.copy_(whole)
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

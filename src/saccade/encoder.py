@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.decode import decode, pixels_of
 from saccade.errors import SaccadeError
+from saccade.naflex import natural_size
 from saccade.published import Prepared
 from saccade.sources.files import read
 from saccade.text import Pairing
@@ -105,22 +106,6 @@ class Preprocess:
         if pixels.dtype == torch.uint16:
             pixels = pixels.to(torch.float32) / 65535
         return pixels
-
-
-def natural_size(height: int, width: int, patch: int, patches: int) -> list[int]:
-    """The largest height and width near this aspect that are whole patches, at most so many (NaFlex, arXiv 2502.14786).
-
-    By bisection of one scale for both sides, in the authors' bounds: elsewhere it would end a patch apart.
-    """
-
-    def sides(scale: float) -> list[int]:
-        return [max(patch, math.ceil(side * scale / patch) * patch) for side in (height, width)]
-
-    low, high = 1e-6, 100.0
-    while high - low >= 1e-5:
-        middle = (low + high) / 2
-        low, high = (middle, high) if math.prod(sides(middle)) <= patches * patch**2 else (low, middle)
-    return sides(low)
 
 
 def _centre(pixels: Shaped[Tensor, "c h w"], side: int) -> Shaped[Tensor, "c _ _"]:

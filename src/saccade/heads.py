@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saccade import depth, distributed, losses, vit
+from saccade import depth, distributed, losses, optim, vit
 from saccade.data import Batch
 from saccade.draws import Stream
 from saccade.errors import SaccadeError
 from saccade.linear import Linear, linear
 from saccade.norm import BatchNorm
-from saccade.settings import SpreadDistillation
+from saccade.settings import Prototyped, SpreadDistillation
 from saccade.vit import Features
 
 
@@ -296,6 +296,67 @@ def told_of_students(found: Mapping[str, Mapping[str, Tensor]], each: Mapping[st
     kinds = {kind: [parts[kind].detach() for parts in found.values() if kind in parts] for kind in ("cls", "patch")}
     means = {f"{kind}_loss": torch.stack(parts).mean() for kind, parts in kinds.items() if parts}
     return means | ({f"loss_{arch}": loss.detach() for arch, loss in each.items()} if len(each) > 1 else {})
+
+
+def seen_by_another(
+    student: Float[Tensor, "v b k"], teacher: Float[Tensor, "b k"], temperature: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy of a student's views to a teacher's one, which is none of them (SILC, arXiv 2310.13355).
+
+    `student` are logits before the temperature, `teacher` probabilities; the mean is over samples and views.
+    """
+    student = student.to(torch.promote_types(student.dtype, torch.float32)) / temperature
+    return (student.logsumexp(-1) - (teacher * student).sum(-1)).mean()
+
+
+class LocalToGlobal(nn.Module):
+    """A student tells from small crops, and where patches of a large one are hidden, what its own slow average sees.
+
+    SILC's and TIPS's losses (arXiv 2310.13355, 2410.16512) as SigLIP 2 has them: a head for pooled vectors and one for
+    patches, centred answers, one temperature. The student's backbone is not held here: it comes with each call.
+    """
+
+    def __init__(self, config: Prototyped, backbone: nn.Module, prototypes: int):
+        super().__init__()
+        self.config = config
+        shape = {"hidden": config.hidden, "norm": config.head_norm}
+        made = {name: DINOHead(backbone.config.width, prototypes, **shape) for name in ("head", "patch_head")}
+        self.student = nn.ModuleDict(made)
+        self.teacher = copy.deepcopy(nn.ModuleDict({"backbone": backbone, **made})).requires_grad_(False)
+        bottleneck = made["head"].last_layer.in_features
+        self.assign = nn.ModuleDict({
+            name: Assignment("centre", prototypes, bottleneck, momentum=config.centre_momentum) for name in made
+        })  # fmt: skip
+
+    def follow(self, backbone: nn.Module, part: Float[Tensor, ""]) -> None:
+        """The teacher goes this part of the way to its student."""
+        optim.follow(self.teacher["backbone"], backbone, part)
+        for name, head in self.student.items():
+            optim.follow(self.teacher[name], head, part)
+
+    def forward(
+        self, backbone: nn.Module, batch: Batch
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of small crops `locals` and of the patches that `hide` shows of `globals`; what is worth logging."""
+        whole, hide, heat = batch["globals"], batch["hide"], torch.as_tensor(self.config.teacher_temperature)
+        with torch.no_grad():
+            seen = self.teacher["backbone"](whole, tokens="patches")
+            tokens = {"head": self.teacher["backbone"].embedding(seen), "patch_head": seen.patches[hide]}
+            target, patch_target = (
+                assign(self.teacher[name], self.teacher[name].bottleneck(tokens[name]), heat)
+                for name, assign in self.assign.items()
+            )
+        logits = self.student["head"](backbone.pooled(batch["locals"])).unflatten(0, (-1, len(whole)))
+        loss = seen_by_another(logits, target, self.config.student_temperature)
+        guess = self.student["patch_head"](backbone(whole, hide=hide, tokens="patches").patches[hide])
+        patch = losses.hidden_patches(guess, patch_target, hide, self.config.student_temperature)
+        return loss, patch, concentration(target, patch_target)
+
+    def after_step(self, backbone: nn.Module) -> None:
+        """The teacher follows at a pace that never changes; the centres take the step in."""
+        self.follow(backbone, torch.full((), 1 - self.config.momentum, device=next(self.parameters()).device))
+        for assign in self.assign.values():
+            assign.after_step()
 
 
 def some_patches(words: Int[Tensor, " b"], patches: int, part: float) -> Bool[Tensor, "b n"]:

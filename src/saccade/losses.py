@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saccade import distributed
@@ -142,3 +143,58 @@ def feature_distance(student: Float[Tensor, "*n d"], teacher: Float[Tensor, "*n 
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
         return (1 - F.cosine_similarity(student, teacher, dim=-1).mean() + F.smooth_l1_loss(student, teacher)) / 2
+
+
+_LOGITS = {"cpu": 1 << 22}
+"""How many logits of a vocabulary are held at a time; elsewhere 2^28."""
+
+
+def vocabulary(
+    x: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    bias: Float[Tensor, " v"],
+    target: Int[Tensor, " n"],
+    share: Float[Tensor, " n"],
+    rows: int | None = None,
+) -> Float[Tensor, ""]:
+    """Sum over rows of their `share` times the cross-entropy of their target, by logits x @ weight.T + bias.
+
+    The matrix of logits is never whole: so many `rows` at a time, whose gradient is taken on the spot. Products are in
+    the precision of autocast, all else in float32 at least. `share` gets no gradient.
+    """
+    kind = x.device.type
+    rows = rows or max(1, _LOGITS.get(kind, 1 << 28) // len(weight))
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    with torch.autocast(kind, enabled=False):
+        return _Vocabulary.apply(x, weight, bias, target, share, rows, dtype)
+
+
+class _Vocabulary(torch.autograd.Function):
+    """Loss and gradient in one pass: the gradient at a logit is its probability, less 1 for the target's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, share: Tensor, rows: int, dtype: torch.dtype
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        matrix, pulls = weight.to(dtype), torch.zeros_like(x, dtype=wide)
+        pushes, lifts = torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)
+        loss = torch.zeros((), dtype=wide, device=x.device)
+        for first in range(0, len(x), rows):
+            part = slice(first, first + rows)
+            some, by = x[part].to(dtype), share[part, None].to(wide)
+            logits = (some @ matrix.T).to(wide) + bias
+            most = logits.logsumexp(1, keepdim=True)
+            wanted = target[part, None]
+            loss += (by * (most - logits.gather(1, wanted))).sum()
+            logits.sub_(most).exp_().scatter_add_(1, wanted, torch.full_like(most, -1.0)).mul_(by)
+            lifts += logits.sum(0)
+            logits = logits.to(dtype)
+            pulls[part] = logits @ matrix
+            pushes += logits.T @ some
+        ctx.save_for_backward(pulls.to(x.dtype), pushes.to(weight.dtype), lifts.to(bias.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient * saved for saved in ctx.saved_tensors), None, None, None, None

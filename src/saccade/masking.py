@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade import vit
 from saccade.draws import Draws, Stream
-from saccade.settings import MaskedDistillation
+from saccade.settings import MaskedDistillation, Training
 
 _ROUNDS, _ATTEMPTS = 48, 10
 _ASPECT = 0.3
@@ -28,6 +28,13 @@ def masked_counts(
     low, high = ratios
     ratio = low + (high - low) * strata / share if share else strata
     return torch.where(strata < share, (patches * ratio).long(), 0)
+
+
+def scattered(config: Training, draws: Draws, crops: Shaped[Tensor, "v c s s"], part: float) -> Bool[Tensor, "v n"]:
+    """True for this part of each crop's patches, one by one; one crop a sample, on the crops' device."""
+    count = math.prod(vit.grid_of(tuple(crops.shape[-2:]), vit.parse(config.arch)[1]))
+    chosen = draws.sample("hide").order(count)[:, : max(1, round(part * count))]
+    return torch.zeros(len(chosen), count, dtype=torch.bool).scatter(1, chosen, True).to(crops.device)
 
 
 def block_masks(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import backbone as backbones
-from saccade import distributed, initial, teachers, weights
+from saccade import distributed, initial, resize, teachers, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
@@ -18,6 +18,7 @@ from saccade.optim import AdamW, Group, default_groups
 from saccade.provenance import origins
 from saccade.recipe import Coupled, Evened, Method, Recipe, Training
 from saccade.settings import PretrainArguments
+from saccade.vit import ViT
 
 
 def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dict[str, Any]]:
@@ -139,6 +140,7 @@ class Model:
         """Gradients of one loss over several batches: embeddings first, then each batch again with its gradient.
 
         Those of parameters that the loss itself reads (a temperature) go with the last batch, behind which ranks meet.
+        What each sample learns alone beside that loss is meant over the batches.
         Batch norm inside the network takes the statistics of each part, both times the same.
         """
         method = cast(Coupled, self.method)
@@ -158,16 +160,34 @@ class Model:
             self.scaler.scale(loss), [embeddings, *trained.values()], allow_unused=True
         )
         own = {name: gradient for name, gradient in zip(trained, direct, strict=True) if gradient is not None}
+        sums = {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
         for number, (views, gradient) in enumerate(zip(parts, whole.split([len(p) for p in found]), strict=True), 1):
             last = number == len(parts)
-            self._forward(views, now, gradient, own if last else None, last=last)[0].backward()
-        return {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+            replayed, said = self._forward(views, now, gradient, own if last else None, last=last)
+            if "alone" in said:
+                said["loss"] = said.pop("alone")
+                replayed = replayed + self.scaler.scale(said["loss"] / len(parts))
+            replayed.backward()
+            for name, value in said.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+        return sums
 
     def adopt(self, before: Model) -> None:
-        """Takes over a former stage's weights and moments, by name; what is new in this stage stays as it was built."""
+        """Takes over a former stage's weights and moments, by name; what is new in this stage stays as it was built.
+
+        Learned positions of a ViT that has another grid now are resized.
+        """
         old, new = before.tensors(), self.tensors()
         for name, tensor in new.items():
             count = name.startswith("optimizer/") and name.endswith("/step")  # it says how old the moments are
             shaped = name.removesuffix("step") + "exp_avg" if count else name
             if shaped in old and old[shaped].shape == new[shaped].shape:
                 tensor.detach().copy_(old[name].detach())
+        distributed.unshard(before.wrapped)
+        towers = dict(before.method.named_modules())
+        for name, tower in self.method.named_modules():
+            theirs = towers.get(name)
+            if isinstance(tower, ViT) and isinstance(theirs, ViT):
+                table = resize.table_for(theirs, tower)
+                if table is not None:
+                    distributed.fill(new[f"method/{name}.pos_embed"].detach(), table)

@@ -6,6 +6,7 @@ the loss, and counted. `identity` says what is the same: columns of numbers, and
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ def sigmoid(
         tile = _TILES.get(ours.device.type, _TILE) if tile is None else tile
         both = (one.reshape(()).to(ours.dtype) for one in (scale, bias))
         return _Sigmoid.apply(ours[:, 0], ours[:, 1], *both, identity, tile)
+
+
+def sigmoid_by_chance(batch: int) -> float:
+    """The sigmoid loss when every text fits every picture alike: each is taken for a pair once in so many times."""
+    return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
 
 
 class _Sigmoid(torch.autograd.Function):

@@ -30,7 +30,9 @@ from saccade.settings import (
     Captioned,
     MaskedDistillation,
     MultiCrop,
+    Prototyped,
     SelfDistillation,
+    SigmoidPaired,
     SpreadDistillation,
     Training,
     Worded,
@@ -40,8 +42,9 @@ from saccade.settings import (
 from saccade.words import Words
 
 __all__ = [
-    "Captioned", "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "MultiCrop", "Recipe",
-    "SelfDistillation", "SpreadDistillation", "Taught", "Training", "TwoTowers", "Worded", "configure", "find", "names",
+    "Captioned", "Coupled", "Evened", "Group", "MaskedDistillation", "Method", "MultiCrop", "Prototyped", "Recipe",
+    "SelfDistillation", "SigmoidPaired", "SpreadDistillation", "Taught", "Training", "TwoTowers", "Worded", "configure",
+    "find", "names",
 ]  # fmt: skip
 
 
@@ -164,6 +167,15 @@ class Coupled(Method):
     def embed(self, batch: Batch, t: Float[Tensor, ""]) -> Float[Tensor, "b ..."]:
         """What the loss compares, one row a sample."""
 
+    def see(
+        self, batch: Batch, t: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, ""] | None, dict[str, Tensor]]:
+        """Embeddings; the mean of what else each sample has to learn alone, if anything; what is worth logging of it.
+
+        Under accumulation what is learned alone is meant over micro-batches, and computed in their replay only.
+        """
+        return self.embed(batch, t), None, {}
+
     @abstractmethod
     def couple(
         self, embeddings: Float[Tensor, "b ..."], t: Float[Tensor, ""], **beside: Tensor
@@ -173,17 +185,21 @@ class Coupled(Method):
     def forward(
         self, batch: Batch, t: Float[Tensor, ""], gradient: Tensor | None = None, own: dict[str, Tensor] | None = None
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss; with a `gradient`, what has that gradient at the embeddings, and the embeddings.
+        """The loss; with a `gradient`, what has that gradient at the embeddings, and the loss of `alone` to be added.
 
-        `own` are gradients that the loss has at parameters themselves, by name, such as a temperature: what is returned
-        has those too. They pass through here because only so they are averaged over ranks like all others.
+        A `gradient` without axes asks for the `embeddings` only. `own` are gradients that the loss has at parameters
+        themselves, by name, such as a temperature: what is returned has those too. They pass through here because only
+        so they are averaged over ranks like all others.
         """
-        embeddings = self.embed(batch, t)
+        if gradient is not None and not gradient.ndim:
+            return gradient, {"embeddings": self.embed(batch, t).detach()}
+        embeddings, alone, said = self.see(batch, t)
         if gradient is None:
-            return self.couple(embeddings, t, **{name: batch[name] for name in self.beside})
+            loss, metrics = self.couple(embeddings, t, **{name: batch[name] for name in self.beside})
+            return loss if alone is None else loss + alone, metrics | said
         parameters = dict(self.named_parameters()) if own else {}
         terms = [(parameters[name] * direct).sum() for name, direct in (own or {}).items()]
-        return sum(terms, (embeddings * gradient).sum()), {"embeddings": embeddings.detach()}
+        return sum(terms, (embeddings * gradient).sum()), said | ({} if alone is None else {"alone": alone})
 
 
 class TwoTowers(Coupled):

@@ -169,13 +169,20 @@ def _resizing(before: int, after: int) -> Float[Tensor, "after before"]:
     return F.interpolate(units, size=(after, before), mode="bilinear", antialias=True, align_corners=False)[0, 0]
 
 
+def table_for(theirs: ViT, vit: ViT) -> Float[Tensor, "1 n d"] | None:
+    """The learned positions of a ViT on another's grid; None where they are not learned, or the grid is the same."""
+    if not theirs.config.position == vit.config.position == "learned" or theirs.config.grid == vit.config.grid:
+        return None
+    patches = theirs.position_table(vit.config.grid)
+    assert patches is not None
+    prefix = theirs.pos_embed[:, : -math.prod(theirs.config.grid)]
+    return torch.cat([prefix, patches], dim=1).detach()
+
+
 def _positions(tensors: dict[str, Tensor], theirs: ViT, vit: ViT) -> None:
     """The learned table resized as its family does it, or left to the formula where it holds just its numbers."""
-    if vit.config.position == theirs.config.position == "learned" and vit.config.grid != theirs.config.grid:
-        patches = theirs.position_table(vit.config.grid)
-        assert patches is not None
-        prefix = tensors["pos_embed"][:, : -math.prod(theirs.config.grid)]
-        tensors["pos_embed"] = torch.cat([prefix, patches.detach()], dim=1)
+    if (table := table_for(theirs, vit)) is not None:
+        tensors["pos_embed"] = table
     if vit.config.position.startswith("sincos") and theirs.config.position == "learned":
         table = sincos(theirs.config.grid, theirs.config.width, vit.config.position == "sincos").float()
         stored = tensors["pos_embed"][0]

@@ -112,6 +112,24 @@ class Captioned(Worded):
         return math.ceil(self.image_size / math.sqrt(self.min_scale))
 
 
+class SigmoidPaired(Captioned):
+    """What SigLIP and SigLIP 2 share: training from scratch on 40 billion pairs (arXiv 2303.15343, section 4.2)."""
+
+    batch: int = Field(32768, ge=2, description="samples an optimizer step, over all ranks and accumulation together")
+    steps: int | None = Field(1_220_000, ge=1, description="length in optimizer steps: 40 billion pairs")
+    lr: float = Field(
+        1e-3 * 256 / 32768, gt=0, description="learning rate at batch 256; scaled linearly with the batch"
+    )
+    warmup: float = Field(0.016, ge=0, le=1, description="part of training in which the learning rate rises from 0")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's decay, on matrices only")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    vocabulary: int = Field(32000, ge=516, description="words of a tokenizer that is trained; a given one has its own")
+    text_width: int = Field(768, ge=1, description="width of a text's token")
+    text_heads: int = Field(12, ge=1, description="attention heads of the text tower")
+    scale: float = Field(10.0, gt=0, description="factor of cosines at the start; it is learned")
+    bias: float = Field(-10.0, description="added to every logit at the start; it is learned")
+
+
 class MultiCrop(Training):
     """What methods share that look at large and small crops (arXiv 2006.09882); `augment.multi_crop` makes them."""
 
@@ -135,15 +153,9 @@ class MultiCrop(Training):
         return math.ceil(max(self.image_size / math.sqrt(self.global_scale[0]), small))
 
 
-class SelfDistillation(MultiCrop):
-    """What methods share whose student learns the prototypes that its own slow average sees (DINO and after)."""
+class Prototyped(MultiCrop):
+    """What methods share that tell by prototypes what crops have in common."""
 
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end; not scaled")
-    weight_decay: float = Field(0.04, ge=0, description="AdamW's decay at the start, on matrices only")
-    weight_decay_end: float = Field(0.4, ge=0, description="AdamW's decay at the end")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
-    clip: float | None = Field(3.0, gt=0, description="largest gradient norm of a clip group")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="how often a residual branch of the student is left out")
     prototypes: int | None = Field(
         None,
         ge=2,
@@ -153,15 +165,12 @@ class SelfDistillation(MultiCrop):
     head_norm: bool = Field(False, description="batch norm inside a head: for short runs")
     student_temperature: float = Field(0.1, gt=0, description="of the student's softmax")
     teacher_temperature: float = Field(0.07, gt=0, description="of the teacher's softmax; lower is sharper")
-    first_temperature: float = Field(0.04, gt=0, description="of the teacher's softmax at the start")
-    temperature_warmup: float = Field(0.3, gt=0, le=1, description="part of training between these two")
     momentum: float = Field(0.996, ge=0, le=1, description="what the teacher keeps a step at the start; 1 at the end")
     centre_momentum: float = Field(0.9, ge=0, lt=1, description="what the centre of the teacher's logits keeps a step")
-    freeze: float = Field(0.01, ge=0, le=1, description="part of training in which the prototypes stand still")
 
     most_prototypes: ClassVar[int] = 65536
 
-    def fitted(self, samples: int) -> SelfDistillation:
+    def fitted(self, samples: int) -> Prototyped:
         """Without a number of prototypes: the power of two next to an eighth of the samples, from 256 to the paper's.
 
         On ImageNet, a million pictures, that is DINO's own number; a thousand pictures cannot tell 65,536 apart.
@@ -170,6 +179,20 @@ class SelfDistillation(MultiCrop):
             return self
         power = 2 ** round(math.log2(max(samples, 1) / 8))
         return self.model_copy(update={"prototypes": min(self.most_prototypes, max(256, power))})
+
+
+class SelfDistillation(Prototyped):
+    """What methods share whose student learns the prototypes that its own slow average sees (DINO and after)."""
+
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end; not scaled")
+    weight_decay: float = Field(0.04, ge=0, description="AdamW's decay at the start, on matrices only")
+    weight_decay_end: float = Field(0.4, ge=0, description="AdamW's decay at the end")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    clip: float | None = Field(3.0, gt=0, description="largest gradient norm of a clip group")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="how often a residual branch of the student is left out")
+    first_temperature: float = Field(0.04, gt=0, description="of the teacher's softmax at the start")
+    temperature_warmup: float = Field(0.3, gt=0, le=1, description="part of training between these two")
+    freeze: float = Field(0.01, ge=0, le=1, description="part of training in which the prototypes stand still")
 
 
 class MaskedDistillation(SelfDistillation):

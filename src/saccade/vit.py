@@ -346,12 +346,12 @@ class Attention(nn.Module):
         chosen = rows if isinstance(rows, Tensor) else (places if rows is None else places[rows])[None]
         return (places <= chosen[..., None])[:, None]
 
-    def forward(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, seen: Tensor | None = None
+    ) -> Tensor:
         heads = self._project(x, rope, rows)
-        if self.causal:
-            x = F.scaled_dot_product_attention(*heads, attn_mask=self._seen(x, rows))
-        else:
-            x = attend(*heads)
+        seen = self._seen(x, rows) if self.causal and seen is None else seen
+        x = attend(*heads) if seen is None else F.scaled_dot_product_attention(*heads, attn_mask=seen)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None) -> Float[Tensor, "b h k n"]:
@@ -385,13 +385,20 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else Scale(width, layer_scale)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], rope: Rope = None, rows: Rows = None, drop: tuple[Kept, Kept] = (None, None)
+        self,
+        x: Float[Tensor, "b n d"],
+        rope: Rope = None,
+        rows: Rows = None,
+        drop: tuple[Kept, Kept] = (None, None),
+        seen: Bool[Tensor, "_ 1 _ n"] | None = None,
     ) -> Tensor:
-        """With `rows`, only those tokens come out: [B K D]. `drop`: which samples each of the two branches is for."""
+        """With `rows`, only those tokens come out: [B K D]. `drop`: which samples each of the two branches is for.
+        `seen`: which tokens each one attends to; not together with `drop`.
+        """
         some = None if drop[0] is None else drop[0][0]
         turned = None if rope is None else tuple(part if len(part) == 1 else _some(part, some) for part in rope)
         asked = _some(rows, some) if isinstance(rows, Tensor) else rows
-        branch = self.ls1(self.attn(self.norm1(_some(x, some)), turned, asked))
+        branch = self.ls1(self.attn(self.norm1(_some(x, some)), turned, asked, seen))
         x = self._add(take(x, rows), branch, drop[0])
         some = None if drop[1] is None else drop[1][0]
         return self._add(x, self.ls2(self.mlp(self.norm2(_some(x, some)))), drop[1])
@@ -423,10 +430,11 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(width, config.eps)
         self.mlp = MLP(width, config.hidden, "gelu" if config.activation == "swiglu" else config.activation)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+    def forward(self, x: Float[Tensor, "b n d"], seen: Bool[Tensor, "b 1 1 n"] | None = None) -> Float[Tensor, "b d"]:
         query = self.q(self.latent).expand(x.shape[0], -1, -1)
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, *self.kv(x).chunk(2, -1))]
-        x = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))[:, 0]
+        x = F.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2).flatten(2)
+        x = self.proj(x)[:, 0]
         return x + self.mlp(self.norm(x))
 
 

@@ -17,7 +17,7 @@ RECIPES = str(Path(__file__).parent / "recipes")
 
 SOURCES: dict[str, type[Toy]] = {"bands": Bands, "clips": Clips, "texts": Texts}
 
-WORDED = ("clip", "siglip")
+WORDED = ("clip", "siglip", "siglip2")
 """Shipped recipes that read pictures with texts."""
 
 _WORDS: dict[str, Any] = {"vocabulary": 600, "length": 12, "text_width": 48, "text_depth": 2, "text_heads": 3}
@@ -36,6 +36,9 @@ _DISTILLED: dict[str, Any] = {
 _SMALL: dict[str, dict[str, Any]] = {
     "clip": _WORDS | {"lr": 0.01, "warmup": 0.05},
     "siglip": _WORDS | {"lr": 0.01, "warmup": 0.05, "min_scale": 0.5},
+    "siglip2": _WORDS
+    | {"lr": 0.003, "warmup": 0.05, "min_scale": 0.5, "local_crops": 2, "local_size": 16, "prototypes": 256}
+    | {"hidden": 48, "colour": 0.5, "distil": 0.3, "fixed": 0.65, "tail_size": 40},
     "dino": _DISTILLED,
     "ibot": _DISTILLED,
     "dinov2": _DISTILLED

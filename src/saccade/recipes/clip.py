@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -46,11 +45,8 @@ def small_machine() -> Config:
 
 def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     """A random crop of each picture, its text's tokens, and what tells which samples are the same."""
-    rows = augment.random_resized_crop(draws.sample("crop"), batch["size"], scale=(config.min_scale, 1.0))
-    rows = augment.flip(rows, draws.sample("flip"), config.flip)
-    images = augment.render(batch["pixels"], rows, config.image_size)
-    same = torch.stack([batch["key"], batch["text_key"]], 1).to(images.device)
-    return {"images": images, "tokens": batch["text"].long(), "same": same}
+    rows, made = augment.captioned(config, batch, draws)
+    return made | {"images": augment.render(batch["pixels"], rows, config.image_size)}
 
 
 class Method(recipe.TwoTowers):
