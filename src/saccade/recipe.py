@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from saccade import heads
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
+from saccade.frozen import Kept
 from saccade.optim import Group
 from saccade.own import Own
 from saccade.settings import (
@@ -211,7 +212,8 @@ class Recipe:
     """A page of `recipes/`, found by its file name.
 
     `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
-    `teachers` are loaded ones, for all that is built of this run; `network` is the user's own, where one was given.
+    `teachers` are loaded ones, for all that is built of this run; `network` is the user's own, where one was given,
+    or what the run leaves as it is.
     """
 
     name: str
@@ -222,7 +224,7 @@ class Recipe:
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)
     teachers: Mapping[str, nn.Module] = field(default_factory=dict)
-    network: Own | None = None
+    network: Own | Kept | None = None
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""

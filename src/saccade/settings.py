@@ -70,6 +70,10 @@ class Training(Settings):
         """Whether samples are read with their texts; one that has none then counts as unreadable."""
         return False
 
+    def keeps_start(self) -> bool:
+        """Whether the backbone stays what it begins with: then one must be given, which says architecture and sizes."""
+        return False
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None

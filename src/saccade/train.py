@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade import distributed, reading, report, teachers
+from saccade import distributed, initial, reading, report, teachers
 from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
@@ -20,7 +20,7 @@ from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.model import Model
 from saccade.progress import Progress, waited
-from saccade.recipe import Recipe, Training, configure
+from saccade.recipe import Recipe, Training
 from saccade.run import Run, environment, holding, stop_requests
 from saccade.settings import PretrainArguments, checked
 from saccade.sources import open_source
@@ -42,7 +42,7 @@ def pretrain(
     own = {name: settings.pop(name) for name in list(settings) if name in PretrainArguments.model_fields}
     names = tuple(part.__class__.__name__ if isinstance(part, Source) else str(part) for part in parts)
     arguments = checked(PretrainArguments, {**own, "data": names, "recipe": recipe, "out": str(out)}, owner="pretrain")
-    page, config = configure(recipe, settings, also=PretrainArguments.model_fields)
+    page, config = initial.configured(recipe, settings, arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with distributed.ranks() as ranks, holding():
