@@ -34,10 +34,13 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
             raise SaccadeError(
                 "a network of your own begins with the weights it has", path="--init", hint="leave it out"
             )
+        if config.pieces() is not None and init:
+            raise SaccadeError("a text tower begins afresh", path="--init", hint="leave it out")
         start = weights.load(init, channels=config.channels) if init and given is None else None
         kept = (initial.switches(start) if start else {}) | dict(page.switches)
         switches = config.backbone() | kept
-        backbone = given.build_for(config) if given else backbones.build_for(config, switches)
+        fresh = given is None and config.pieces() is None  # texts have no use for one
+        backbone = given.build_for(config) if given else backbones.build_for(config, switches) if fresh else None
         record: dict[str, Any] = {"weights": "random", "seed": config.seed}
         if given:
             record = given.record if isinstance(given, Kept) else backbone.given()

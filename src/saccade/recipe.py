@@ -38,6 +38,7 @@ from saccade.settings import (
     checked,
     flag,
 )  # fmt: skip
+from saccade.text import Reader
 from saccade.words import Words
 
 __all__ = [
@@ -50,7 +51,7 @@ class Method(nn.Module, ABC):
     """A training method: the loss is `forward`."""
 
     @abstractmethod
-    def __init__(self, config: Any, backbone: nn.Module, teachers: dict[str, nn.Module]) -> None:
+    def __init__(self, config: Any, backbone: nn.Module | None, teachers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.teachers = dict(teachers)  # in no module's place: neither trained, nor wrapped, nor in a checkpoint
 
@@ -68,8 +69,8 @@ class Method(nn.Module, ABC):
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
 
-    def words(self) -> Words | None:
-        """What is learned of texts, which comes out beside the encoder; None where nothing is."""
+    def words(self) -> Words | Reader | None:
+        """What is learned of texts, which comes out beside the encoder, or is it; None where nothing is."""
         return None
 
     def bare(self) -> Method:

@@ -23,6 +23,9 @@ SOURCES: dict[str, type[Toy]] = {"bands": Bands, "clips": Clips, "texts": Texts}
 WORDED = ("clip", "lit", "siglip")
 """Shipped recipes that read pictures with texts."""
 
+ALONE = ("mlm",)
+"""Those that read texts alone."""
+
 _WORDS: dict[str, Any] = {"vocabulary": 600, "length": 12, "text_width": 48, "text_depth": 2, "text_heads": 3}
 
 _DISTILLED: dict[str, Any] = {
@@ -58,6 +61,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "lit": _WORDS | {"lr": 0.01, "warmup": 0.05, "bias": -2.0},
     "mae": {"decoder_width": 48, "decoder_depth": 2, "decoder_heads": 3},
     # with easy views: batches of 8 to 32 leave little to tell a picture by; lr as on a convnet, below
+    "mlm": _WORDS | {"lr": 0.01, "warmup": 0.05},
     "simclr": {
         "lr": 0.001,
         "hidden": 48,
@@ -77,7 +81,7 @@ CONVNET = "resnet-10-half/8"
 
 def source(case: str) -> Toy:
     """Sixteen samples that the recipe can read: pictures, unless it is one of the toys."""
-    toy = Pairs if case.partition("-")[0] in WORDED else Pictures
+    toy = Pairs if case.partition("-")[0] in WORDED else Texts if case in ALONE else Pictures
     return SOURCES.get(case, toy)(16)
 
 
@@ -85,7 +89,7 @@ def small(case: str) -> dict[str, Any]:
     """Settings with which the recipe runs in a moment; a case is a recipe, or RECIPE-on-a-convnet."""
     recipe, convnet, _ = case.partition("-on-a-convnet")
     taught = {"teacher": teacher()} if recipe == "distil" else {}
-    shape = {} if recipe in SOURCES else {"arch": CONVNET if convnet else "vit-ti/8", "image_size": 32}
+    shape = {} if recipe in (*SOURCES, *ALONE) else {"arch": CONVNET if convnet else "vit-ti/8", "image_size": 32}
     begun = {"init": start(str(shape["arch"]))} if recipe == "lit" else {}
     lr = 0.001 if convnet else 0.01  # batch norm over eight samples magnifies rounding, the more the longer the steps
     return {**shape, "batch": 8, "steps": 6, "lr": lr, **taught, **begun, **_SMALL.get(recipe, {})}
