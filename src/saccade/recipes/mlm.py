@@ -63,7 +63,7 @@ def views(config: Config, batch: Batch, draws: Draws) -> Batch:
     word = (tokens != begin) & (tokens != end) & (tokens != pad)
     count = config.chosen()
     order = draws.sample("hide").order(config.length).to(tokens.device)
-    order = order.gather(1, (~word).gather(1, order).to(torch.int8).argsort(1, stable=True))  # words first
+    order = order.gather(1, (~word).gather(1, order).to(torch.int8).argsort(dim=1, stable=True))  # words first
     places = order[:, :count]
     wanted = (config.hidden * word.sum(1)).round().clamp(min=1, max=count)
     guessed = (torch.arange(count, device=tokens.device) < wanted[:, None]) & word.gather(1, places)

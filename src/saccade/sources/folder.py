@@ -14,7 +14,7 @@ from saccade.sources.strings import Strings
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds: the relative paths of its pictures or texts, sorted, and how many others of each extension."""
+    """What a folder holds: the relative paths of its pictures or texts, sorted, and how many others there are."""
 
     keys: Strings
     others: Counter[str]
