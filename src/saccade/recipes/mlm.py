@@ -117,7 +117,8 @@ class Method(recipe.Method):
         """Cross-entropy of hidden words, meant over a text's, then over texts; and how many are guessed, in percent."""
         logits, truth = self.guess(batch["tokens"], batch["places"]), batch["truth"]
         asked = truth >= 0
-        share = asked / (asked.sum(1, keepdim=True).clamp(min=1) * len(truth))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), truth.flatten(), reduction="none", ignore_index=-100)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        share = asked.to(exact.dtype) / (asked.sum(1, keepdim=True).clamp(min=1) * len(truth))
+        loss = F.cross_entropy(exact, truth.flatten(), reduction="none", ignore_index=-100)
         right = (logits.detach().argmax(2) == truth) * share
         return (loss * share.flatten()).sum(), {"accuracy": 100 * right.sum()}
