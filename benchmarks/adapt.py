@@ -7,7 +7,8 @@
 A pack is a folder with train/CLASS and test/CLASS, and behind @ the pattern of its groups. Training, choosing and the
 gate see nothing but the train side; of each cell the test side is read once, at its end. A cell is one JSON file in
 OUT: what is there is not done again, and a run that was stopped goes on. `naive` is `pretrain --init`: fresh heads, the
-whole network, the recipe's own rate; then `adapt`, whole and without one of its parts.
+whole network, the recipe's own rate and settings; `naive-short` the same with the settings that adapt gives a short
+run; then `adapt`, whole and without one of its parts.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ import saccade
 from saccade.adapt import natural, short
 from saccade.anchor import architecture
 from saccade.draws import hash64
+from saccade.encoder import Preprocess
 from saccade.evaluate.live import Live
 from saccade.recipe import configure
 
 WAYS: dict[str, dict[str, Any]] = {
     "naive": {},
+    "naive-short": {},
     "adapt": {},
     "no-warm-heads": {"warm": 0.0},
     "no-anchor": {"anchor_patches": 0.0, "anchor_token": 0.0},
     "no-layer-decay": {"layer_decay": 1.0},
     "no-roll-back": {"roll_back": False},
 }
+SAME = ("steps", "batch", "image_size", "seed", "workers")
 MEASURES = ("knn", "linear", "few_label_10")
 
 
@@ -54,9 +58,10 @@ def smaller(pack: Path, groups: str | None, counts: dict[str, int], place: Path)
     return place
 
 
-def tested(backbone: Any, pack: Path, groups: str | None, image_size: int) -> dict[str, Any]:
-    """The test side: k-NN, linear, ten a class, and which pictures k-NN gets right."""
-    encoder = saccade.load(backbone, image_size=image_size)
+def tested(backbone: Any, pack: Path, groups: str | None, prepared: Preprocess) -> dict[str, Any]:
+    """The test side, as the start sees pictures: k-NN, linear, ten a class, and which pictures k-NN gets right."""
+    encoder = saccade.load(backbone, image_size=prepared.crop)
+    encoder.preprocess = prepared  # naive runs have the convention's own, which would be compared too
     found = saccade.evaluate(encoder, pack, tasks=("knn", "linear", "few-label"), labels=(10,), baselines=False,
                              group_by=groups)  # fmt: skip
     live = Live(pack, groups, encoder.preprocess, 10_000, divide=lambda data: (data.train, data.test))
@@ -75,19 +80,22 @@ def cell(weights: str, pack: Path, groups: str | None, way: str, seed: int, aske
         "image_size": asked.image_size,
         "seed": seed,
     }
-    start = saccade.load(weights)
+    start = saccade.load(weights, image_size=asked.image_size)
     settings = {**short(config, settings, start.backbone.stride), **settings, "workers": 0}
     settings |= {"local_crops": asked.local_crops} if "local_crops" in settings else {}
     began, data = time.process_time(), str(pack / "train")
-    if way == "naive":
+    if way.startswith("naive"):
+        if way == "naive":  # what must fit the batch and the patches stays
+            fits = (*SAME, "local_size", "koleo_group", "local_crops")
+            settings = {name: value for name, value in settings.items() if name in fits}
         done = saccade.pretrain(data, recipe=recipe, init=weights, out=run, arch=architecture(start), **settings)
-        found = {"scores": tested(run, pack, groups, asked.image_size), "handed_over": "candidate"}
+        found = {"scores": tested(run, pack, groups, start.preprocess), "handed_over": "candidate"}
     else:
         more = {"eval": data, "group_by": groups, "looks": asked.looks, **WAYS[way]}
         done = saccade.adapt(data, start=weights, out=run, recipe=recipe, **{**settings, **more})
         gate, best = done.summary["gate"], done.record["best"]
         still = best is None or best["warming"]
-        candidate = None if still else tested(run / "best", pack, groups, asked.image_size)
+        candidate = None if still else tested(run / "best", pack, groups, start.preprocess)
         found = {"scores": candidate, "handed_over": gate["handed_over"], "gate": gate, "best": best,
                  "rolled_back": done.summary["rolled_back"], "after": done.summary["after"],
                  "before": done.summary["before"]}  # fmt: skip
@@ -107,7 +115,8 @@ def study(asked: Any) -> None:
                 if target.exists():
                     continue
                 if way == "start":
-                    found = {"scores": tested(asked.weights, pack, groups or None, asked.image_size)}
+                    prepared = saccade.load(asked.weights, image_size=asked.image_size).preprocess
+                    found = {"scores": tested(asked.weights, pack, groups or None, prepared)}
                 else:
                     found = cell(asked.weights, pack, groups or None, way, seed, asked, out / "runs" / target.stem)
                 named = {"pack": name, "way": way, "seed": seed, "weights": asked.weights}
@@ -174,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--recipe")
     for name, default in (("steps", 60), ("batch", 16), ("image-size", 56), ("local-crops", 2), ("train", 1200),
-                          ("test", 400), ("looks", 6)):  # fmt: skip
+                          ("test", 400), ("looks", 3)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     if asked.table:

@@ -3,7 +3,7 @@
     python benchmarks/health.py [--faults] [--healthy] [--only WORDS] [--out FILE.json]
 
 Tiny networks on the pictures that come with the package, at 32 pixels. A fault must be named within 200 steps after
-the warm-up; of 50 healthy runs at most one may be called ill at any moment. Some twenty minutes on one core.
+the warm-up; of 50 healthy runs at most one may be called ill at any moment. Some forty minutes on one core.
 """
 
 from __future__ import annotations
@@ -192,9 +192,9 @@ FAULTS = [
 
 
 def healthy() -> list[Case]:
-    """Fifty runs of three recipes that differ in seed, rate, batch and network; and twelve of those that hide."""
+    """Fifty runs of three recipes that differ in seed, rate, batch and network; and fifty of those that hide."""
     cases = []
-    for number in range(62):
+    for number in range(100):
         recipe, turn = (FIRST if number < 50 else TAUGHT)[(number - 50 * (number >= 50)) % 3], number // 3
         settings = {"seed": number, "lr": SMALL[recipe]["lr"] * (0.25, 0.5, 1.0)[turn % 3]}
         settings |= {"batch": (24, 32, 48)[turn // 3 % 3] if recipe in FIRST else (16, 24)[turn % 2]}

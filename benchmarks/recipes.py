@@ -165,8 +165,8 @@ def tell(found: dict[str, list[dict[str, Any]]], planned: dict[str, Any]) -> Non
 def beside(pack: str, run: Path) -> None:
     """What raw pixels and the same network untrained reach."""
     found = evaluate(str(run), pack, tasks=("knn", "linear"))["baselines"]
-    for name, scores in found.items():
-        print(f"{name}: k-NN {scores['knn']:.1f}, linear {scores['linear']:.1f}")
+    for name in ("pixels", "untrained"):
+        print(f"{name}: k-NN {found[name]['knn']:.1f}, linear {found[name]['linear']:.1f}")
 
 
 def curves(found: dict[str, list[dict[str, Any]]], minutes: float) -> None:

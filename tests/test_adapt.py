@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,9 +33,10 @@ from saccade import (
     recipe,
     report,
     vit,
+    weights,
 )
 from saccade import backbone as backbones
-from saccade.adapt import Watching, natural
+from saccade.adapt import Watching, natural, short
 from saccade.anchor import BRAKE, Anchored, anchored, architecture
 from saccade.distributed import Ranks
 from saccade.draws import Draws
@@ -44,6 +46,7 @@ from saccade.evaluate import gate
 from saccade.evaluate.labelled import read_labelled
 from saccade.evaluate.live import Live
 from saccade.model import Model
+from saccade.published import Prepared
 from saccade.report.charts import interval
 from saccade.settings import AdaptArguments, PretrainArguments
 from saccade.watch import Watch
@@ -631,6 +634,40 @@ def test_the_command_line_says_the_same(
         0.5,
     )
     assert asked["data"] == ["a", "b"] and "lr" not in asked and "batch" not in asked
+
+
+@pytest.mark.parametrize("rate", [0.05, 500.0])
+def test_pictures_are_prepared_as_for_the_start(
+    rate: float, starts: dict[str, Path], labelled: Path, tmp_path: Path
+) -> None:
+    """Whoever is handed over: a family that squeezes pictures to squares goes on to do so."""
+    start, prepared = load(starts["mae"]), Prepared(32, 32, "bilinear", square=True)
+    weights.save_backbone(tmp_path / "start", start.backbone, {**start.record, "preprocess": asdict(prepared)})
+    more = {**knobs("mae"), **QUIET, "steps": 4, "lr": rate, "backbone_rate": 1.0, "eval": str(labelled)}
+    run = adapt(Pictures(16), start=tmp_path / "start", out=tmp_path / "run", **more)
+    seen = load(tmp_path / "start").preprocess
+    assert seen.square and seen.interpolation == "bilinear" and load(run.path).preprocess == seen
+    assert not load(starts["mae"]).preprocess.square
+
+
+def test_sinkhorn_knopp_under_accumulation_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    losses, start = {}, tmp_path / "start"
+    pretrain(Pictures(16), recipe="dinov2", out=start, **tiny("dinov2") | {"steps": 2}, **QUIET)
+    for parts in (1, 2):
+        more = {**knobs("dinov2"), "batch": 8, "koleo_group": 4, "head_norm": False, "masked": 1.0, "queue": 0}
+        more |= {"assignment": "sinkhorn", "patch_weight": 0.0, "warm": 0.0}
+        run = adapt(Pictures(16), start=start, out=tmp_path / str(parts), steps=3, accumulate=parts, **more, **QUIET)
+        losses[parts] = [entry["loss"] for entry in run.metrics()]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) and len(losses[1]) == 3
+
+
+def test_short_runs_share_prototypes_out_by_whole_steps() -> None:
+    config = recipe.configure("dinov2", {})[0].config
+    found = {batch: short(config, {"batch": batch, "image_size": 56}, 14) for batch in (16, 48, 300)}
+    assert {batch: one["queue"] for batch, one in found.items()} == {16: 512, 48: 576, 300: 600}
+    assert found[16]["assignment"] == "sinkhorn"
+    assert short(config, {"batch": 16, "image_size": 56, "assignment": "centre"}, 14)["queue"] == 0
+    assert "queue" not in short(recipe.configure("mae", {})[0].config, {"batch": 16, "image_size": 56}, 14)
 
 
 def test_too_many_frozen_blocks_and_accumulated_pairs_are_refused(starts: dict[str, Path], tmp_path: Path) -> None:

@@ -183,6 +183,26 @@ def test_a_run_shows_everything(page: Path) -> None:
     assert "Rebuilt: each patch with its true mean and spread." in read.text
 
 
+def test_what_was_wrong_with_texts_is_said(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    faults = {"duplicate": 1200, "empty": 2, "latin-1": 1, "missing": 3, "over-long": 1, "without a picture": 1}
+    first = {fault: [f"{fault} {n}.jpg" for n in range(min(5, count))] for fault, count in faults.items()}
+    found = {"samples": 30_000, "covered": 20_000, "with_texts": 19_995, "texts": 99_975, "faults": faults,
+             "first": first, "tokenizer": {"kind": "own"}}  # fmt: skip
+    run.note(texts=found)
+    read = Reader(report.write_run(run, shown={}, encoder=None, source=Pictures(3), scores=None).read_text())
+    assert "Texts" in read.headings and "could not be shown" not in read.text
+    assert "99,975 texts of 19,995 samples, among 20,000 of 30,000 that were looked at" in read.text
+    for said in ("1,200", "duplicate 0.jpg, duplicate 1.jpg, duplicate 2.jpg", "missing 2.jpg", "read as Latin-1",
+                 "more than 10,000 characters: cut there", "belongs to nothing: not used"):  # fmt: skip
+        assert said in read.text, said
+    assert "duplicate 3.jpg" not in read.text.split("Everything recorded")[0]
+    run.note(texts=found | {"covered": 30_000, "faults": {}, "first": {}})
+    clean = sections.texts(run)
+    assert clean is not None and "nothing was wrong" in clean.lede and "looked at" not in clean.lede
+    assert sections.texts(finished(tmp_path / "other")) is None
+
+
 def test_stages_and_chance_are_marked(tmp_path: Path) -> None:
     run = finished(tmp_path, "dinov3", small("dinov3"))
     training, health = sections.training(run), sections.health(run)

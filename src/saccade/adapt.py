@@ -7,6 +7,7 @@ labelled pictures meets the start on others: it is handed over where it is bette
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -36,10 +37,16 @@ from saccade.watch import Watch
 STEPS, BATCH, LAYER_DECAY, RATE = 1000, 64, 0.75, 1e-3
 """What is not asked for: a length; at most so large a batch and a layer decay; the heads' learning rate."""
 SMALL = {
-    "prototypes": 1024, "hidden": 512, "head_norm": True, "first_temperature": 0.02, "teacher_temperature": 0.02,
-    "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
+    "prototypes": 256, "assignment": "sinkhorn", "hidden": 512, "head_norm": True, "first_temperature": 0.02,
+    "teacher_temperature": 0.02, "drop_path": 0.0, "local_crops": 4, "colour": 0.5, "weight_decay_end": 0.04,
 }  # fmt: skip
-"""What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher."""
+"""What short runs on few pictures want of a method that has these settings: heads that get warm, a sharp teacher.
+
+A centre takes longer to find its place than the heads have to get warm: of 1,024 prototypes four were in use, and
+nothing was learned (docs/log.md).
+"""
+QUEUE = 512
+"""Former large crops, about, among which Sinkhorn-Knopp shares the prototypes out."""
 PATIENCE, FALLS = 5, 3
 """Evaluations without a better one, and roll-backs, after which a run ends."""
 _GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "lora", "roll_back", "looks")
@@ -72,7 +79,8 @@ def adapt(
     whole = PretrainArguments(**for_the_loop, recipe=name, init=arguments.start)
     with distributed.ranks() as ranks, holding():
         with stop_requests() as requests:
-            adapting = Adapting(anchored(page, arguments, encoder), config, whole, parts, ranks, arguments)
+            prepared = encoder.record.get("preprocess")
+            adapting = Adapting(anchored(page, arguments, encoder), config, whole, parts, ranks, arguments, prepared)
             adapting.train(requests)
         return adapting.finish()
 
@@ -111,12 +119,15 @@ def _trainable(encoder: Encoder, start: str | Path) -> Encoder:
 def short(config: type[Training], settings: Mapping[str, Any], patch: int) -> dict[str, Any]:
     """What a short run wants of a method with this config: `SMALL`, and what follows from length, batch and sides.
 
-    A teacher forgets its start in a tenth of the run; small crops are whole patches; KoLeo's groups divide the batch.
+    A teacher forgets its start in a tenth of the run; small crops are whole patches; KoLeo's groups divide the batch,
+    and the queue is of whole steps.
     """
     steps, batch = settings.get("steps") or STEPS, settings["batch"] // settings.get("accumulate", 1)
+    step = 2 * settings["batch"]
+    queue = 0 if settings.get("assignment") == "centre" else math.ceil(QUEUE / step) * step
     momentum = min(0.996, max(0.9, 1 - 10 / steps))
     side = max(2, round(0.43 * settings["image_size"] / patch)) * patch
-    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": _group(batch)}
+    found = {**SMALL, "momentum": momentum, "local_size": side, "koleo_group": _group(batch), "queue": queue}
     return {name: value for name, value in found.items() if name in config.model_fields}
 
 
@@ -151,9 +162,12 @@ class Watching(Watch):
 
     measure = "knn"
 
-    def __init__(self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks, *, asked: AdaptArguments):
+    def __init__(
+        self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks, *, asked: AdaptArguments,
+        prepared: dict[str, Any] | None,
+    ):  # fmt: skip
         super().__init__(arguments, source, run, ranks)
-        self.asked = asked
+        self.asked, self._prepared = asked, prepared
 
     def begin(self, model: Model, steps: int, say: Any) -> None:
         """As `Watch`; and the model takes from its checkpoint how far it was."""
@@ -164,6 +178,10 @@ class Watching(Watch):
         super().begin(model, steps, say)
         way = (self.turn, self._falls, self._idle)  # which the first rank has read from the lines
         self.turn, self._falls, self._idle = self.ranks.from_first(lambda: way)
+
+    def _record(self, config: Training) -> dict[str, Any]:
+        """As `Watch`; and pictures are prepared as the start's family does it, before and after."""
+        return super()._record(config) | ({"preprocess": self._prepared} if self._prepared else {})
 
     def schedule(self) -> set[int]:
         """Also without labels: hints tell when features are lost."""
@@ -289,9 +307,9 @@ class Adapting(Pretraining):
 
     def __init__(
         self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks,
-        asked: AdaptArguments,
+        asked: AdaptArguments, prepared: dict[str, Any] | None,
     ):  # fmt: skip
-        self.asked, self.watching = asked, functools.partial(Watching, asked=asked)
+        self.asked, self.watching = asked, functools.partial(Watching, asked=asked, prepared=prepared)
         super().__init__(page, config, arguments, data, ranks)
         if self.watch.encoder is None:
             raise ranks.shared(

@@ -22,7 +22,7 @@ from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.norm import BatchNorm
 from saccade.optim import Group
-from saccade.recipe import Coupled, Evened, Method, Recipe, Training
+from saccade.recipe import Coupled, Method, Recipe, Training
 from saccade.settings import AdaptArguments
 from saccade.vit import ViTConfig
 
@@ -85,8 +85,7 @@ class Anchored(Method):
             lora.add(network, asked.lora, config.seed)
         self.inner = page.method(config, network, teachers)
         self._trained = (network,)  # it is a part of the method inside, and in its state
-        whole = isinstance(self.inner, Coupled) or (isinstance(self.inner, Evened) and self.inner.assign.ahead)
-        if whole and config.accumulate > 1:
+        if isinstance(self.inner, Coupled) and config.accumulate > 1:
             raise SaccadeError(
                 f"{page.name} compares a whole batch, which adapt cannot accumulate", path="--accumulate", hint="use 1"
             )
@@ -152,8 +151,16 @@ class Anchored(Method):
                     part.eval()
         return self
 
-    def forward(self, batch: Batch, t: Float[Tensor, ""]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The method's loss, and how far pooled vector and likeness of patches are from the start's."""
+    def forward(
+        self, batch: Batch, t: Float[Tensor, ""], ahead: bool = False
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The method's loss, and how far pooled vector and likeness of patches are from the start's.
+
+        `ahead` of it a method whose teacher looks at all micro-batches first (`Evened`) does nothing else.
+        """
+        if ahead:
+            looked: tuple[Tensor, dict[str, Tensor]] = self.inner(batch, t, True)
+            return looked
         with self._resting():
             loss, metrics = self.inner(batch, t)
         if self.still:

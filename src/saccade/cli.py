@@ -386,6 +386,12 @@ def _scores(result: Mapping[str, Any]) -> str:
     rivals = result.get("baselines", {})
     if "segmentation" in result:
         return _segments(result, rivals)
+    if "retrieval" in result:
+        return _found_by_words(result)
+    if "zero_shot" in result:
+        named = _named_in_words(result["zero_shot"])
+        rest = {name: value for name, value in result.items() if name != "zero_shot"}
+        return f"{named}\n\n{_scores(rest) if 'pooled' in rest else chr(10).join(_lines(rest))}"
     rows = {"this backbone": result}
     rows |= {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
     counts = list(result.get("few_label", {}))
@@ -417,6 +423,43 @@ def _scores(result: Mapping[str, Any]) -> str:
     ]
     rest |= {"without looking": ", ".join(blind)} if blind else {}
     return "\n".join([*lines, "", *_lines(rest)])
+
+
+def _named_in_words(found: Mapping[str, Any]) -> str:
+    """What prompts made of the classes, as a table, a line a class below it."""
+    reach = [name for name in ("top1", "top5") if name in found]
+    rows = [
+        ["named in words", *(found[name] for name in reach)],
+        ["chance", *(found["chance"][name] for name in reach)],
+    ]
+    rows += [["the most frequent class", found["majority"]]]
+    rows += [[f"  {one['name']}", one["top1"]] for one in found["classes"].values()]
+    table = _aligned(["percent right", *(name.replace("top", "top-") for name in reach)], rows)
+    return f"{table}\n{found['pictures']} pictures ({found['part']}), {len(found['templates'])} prompts a class"
+
+
+def _found_by_words(result: Mapping[str, Any]) -> str:
+    """How often pictures and texts find each other, as a table."""
+    found, ways = result["retrieval"], ("image_to_text", "text_to_image")
+    rows = [[way.replace("_", " "), *found[way].values()] for way in ways]
+    rows += [[f"  {way.replace('_', ' ')}, chance", *found["chance"][way].values()] for way in ways]
+    rest = {name: value for name, value in result.items() if name != "retrieval"}
+    rest |= {name: value for name, value in found.items() if name not in (*ways, "chance")}
+    table = _aligned(["recall in percent", *(f"@{name.removeprefix('r')}" for name in found[ways[0]])], rows)
+    return "\n".join([table, "", *_lines(rest)])
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table whose first column is words, and the others scores."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for name, *scores in rows:
+        table.add_row(name, *map(_score, scores))
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(table, highlight=False, markup=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def _segments(result: Mapping[str, Any], rivals: Mapping[str, Any]) -> str:

@@ -161,6 +161,11 @@ def caption(sample: Sample, seen: int, seed: int = 0) -> str:
     return sample.texts[Permutation(count, "caption", seed, sample.key, turn)(place)]
 
 
+def same_text(text: str) -> str:
+    """What two texts have in common that are the same: case and spaces aside."""
+    return " ".join(text.split()).casefold()
+
+
 def collate(
     samples: Sequence[Sample],
     seen: Sequence[int] | None = None,
@@ -193,7 +198,7 @@ def collate(
         batch["pixels"], batch["size"] = _canvas([sample.pixels for sample in samples if sample.pixels is not None])
     if kinds[0].text:
         texts = [caption(sample, visit, seed) for sample, visit in zip(samples, seen, strict=True)]
-        batch["text_key"] = torch.tensor([hash64(" ".join(text.split()).casefold()) for text in texts])
+        batch["text_key"] = torch.tensor([hash64(same_text(text)) for text in texts])
         batch |= _as_bytes(texts) if tokenize is None else {"text": tokenize(texts)}
     return batch
 

@@ -29,12 +29,12 @@ from saccade.data import Source, fingerprint, keep_memory
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable, nearest
 from saccade.linear import packing
-from saccade.search import FORMAT, KEYS, QUARANTINE, STATE, Index, read_state
+from saccade.search import FORMAT, KEYS, PAIR, QUARANTINE, STATE, Index, read_state
 from saccade.sources import open_source
 from saccade.vit import Features
 from saccade.weights import load
 
-TOKENS = ("cls", "mean", "patches")
+TOKENS = ("cls", "mean", "patches", PAIR)
 Tokens = Literal["all", "cls", "patches"]
 _SHARED_FROM = 64  # pixels a side; below it a network is so quick that handing pictures over costs more
 _SAVE_SECONDS = 2.0
@@ -135,9 +135,15 @@ def pooled(features: Features, token: str) -> Float[Tensor, "b ..."]:
     return features.cls
 
 
-def _computed(tokens: Sequence[str]) -> Tokens:
-    """What the network must compute for these kinds of tokens."""
-    return "patches" if "cls" not in tokens else "cls" if set(tokens) == {"cls"} else "all"
+def _computed(tokens: Sequence[str], pooling: str) -> Tokens:
+    """What the network must compute for these kinds of tokens, where it pools so."""
+    needed = {("cls" if pooling == "cls" else "mean") if token == PAIR else token for token in tokens}
+    return "patches" if "cls" not in needed else "cls" if needed == {"cls"} else "all"
+
+
+def width(encoder: Encoder, token: str) -> int:
+    """How long a vector of this kind is."""
+    return encoder.pairing().tower.config.out if token == PAIR else int(encoder.backbone.config.width)
 
 
 class Look:
@@ -220,14 +226,15 @@ def embed(
 ) -> Index:
     """Writes the vectors of all pictures to the directory `out` and returns the index.
 
-    `tokens` are `cls`, `mean` (of the patches) and `patches`; the class token, or the mean where the family has no
-    class token, if not given. The command goes on where it was stopped, and refuses to
-    with another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
+    `tokens` are `cls`, `mean` (of the patches), `patches`, and `pair`: the one vector in the space that pictures share
+    with texts. If not given, `pair` where the backbone has a text tower, so that words can be searched for, else the
+    class token, or the mean where the family has none. The command goes on where it was stopped, and refuses to with
+    another backbone, data or settings. Raises `SaccadeError` for that, and when no picture can be read.
     """
     there(data)
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
     if tokens is None:
-        tokens = ("cls",) if encoder.backbone.config.cls else ("mean",)
+        tokens = (PAIR,) if encoder.text is not None else ("cls",) if encoder.backbone.config.cls else ("mean",)
     _check_tokens(encoder, tokens)
     canvas, channels = encoder.preprocess.canvas, encoder.preprocess.channels
     source = open_source(data, short_side=canvas, channels=channels)
@@ -257,7 +264,9 @@ def _check_tokens(encoder: Encoder, tokens: Sequence[str]) -> None:
         raise SaccadeError("no tokens are asked for", path="--tokens", hint=f"choose of: {', '.join(TOKENS)}")
     if "cls" in tokens and not encoder.backbone.config.cls:
         raise SaccadeError("this backbone has no class token", path="--tokens", hint="use --tokens mean")
-    if not math.prod(encoder.grid) and any(token != "cls" for token in tokens):
+    if PAIR in tokens:
+        encoder.pairing()
+    if not math.prod(encoder.grid) and not {*tokens} <= {"cls", PAIR}:
         raise SaccadeError("this backbone gives one vector and no patches", path="--tokens", hint="use --tokens cls")
 
 
@@ -270,13 +279,16 @@ def _asked(
     words = ["saccade", "embed", "BACKBONE" if isinstance(backbone, Encoder) else str(backbone), *names]
     other = encoder.record.get("asked") or {}
     flags = [word for name in ("channels", "patch") if name in other for word in (f"--{name}", str(other[name]))]
+    made_by = {name: encoder.record.get(name) for name in ("path", "hash", "family", "asked")}
+    if PAIR in tokens:
+        made_by["text"] = (encoder.record.get("text") or {}).get("hash")
     return {
         "format": FORMAT,
-        "backbone": {name: encoder.record.get(name) for name in ("path", "hash", "family", "asked")},
+        "backbone": made_by,
         "data": fingerprint(source)["fingerprint"],
         "samples": len(source),
         "tokens": list(dict.fromkeys(tokens)),
-        "dim": encoder.backbone.config.width,
+        "dim": width(encoder, tokens[0]),
         "image_size": encoder.preprocess.crop,
         "batch": batch,
         "command": shlex.join([*words, *flags, "--out", str(place), "--tokens", ",".join(tokens)]),
@@ -292,7 +304,7 @@ def _begin(place: Path, asked: dict[str, Any]) -> dict[str, Any]:
             ("image_size", "another image size"), ("batch", "another batch"),
         ):  # fmt: skip
             before, now = (
-                [part[name].get(key) for key in ("hash", "asked")] if name == "backbone" else part[name]
+                [part[name].get(key) for key in ("hash", "asked", "text")] if name == "backbone" else part[name]
                 for part in (state, asked)
             )
             if before != now:
@@ -322,7 +334,7 @@ def _arrays(place: Path, state: dict[str, Any], encoder: Encoder) -> dict[str, n
     patches = math.prod(encoder.grid)
     arrays: dict[str, np.ndarray] = {}
     for token in state["tokens"]:
-        shape = (state["samples"], *([patches] if token == "patches" else []), state["dim"])
+        shape = (state["samples"], *([patches] if token == "patches" else []), width(encoder, token))
         path = place / f"{token}.npy"
         if state["rows"]:
             arrays[token] = np.lib.format.open_memmap(path, mode="r+")
@@ -353,9 +365,10 @@ def _write(place: Path, state: dict[str, Any], encoder: Encoder, source: Source,
             source, [encoder.preprocess], rows=rows, batch=state["batch"], workers=workers, words="embedding"
         ):
             if found.rows:
-                features = look(found.views[0], tokens=_computed(state["tokens"]))
+                features = look(found.views[0], tokens=_computed(state["tokens"], encoder.backbone.config.pooling))
                 for token, array in arrays.items():
-                    array[found.rows] = pooled(features, token).float().cpu().numpy()
+                    vectors = encoder.paired(features) if token == PAIR else pooled(features, token)
+                    array[found.rows] = vectors.float().cpu().numpy()
             for row, key, reason in found.failures:
                 quarantine.write((json.dumps({"row": row, "key": key, "reason": reason}) + "\n").encode())
             state["rows"] += len(found.rows) + len(found.failures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,12 @@ class Preprocess:
     def at(cls, size: int, channels: int = 3) -> Preprocess:
         """The convention for a native size (`augment.resized_for`)."""
         return cls(resized_for(size), size, channels)
+
+    @classmethod
+    def said(cls, record: Mapping[str, Any], size: int, channels: int = 3) -> Preprocess:
+        """As the published family does it that a record's weights began as, where it names one; else by convention."""
+        facts = record.get("preprocess")
+        return cls.at(size, channels) if facts is None else cls.of(Prepared(**facts), size, channels)
 
     @classmethod
     def of(cls, facts: Prepared, size: int, channels: int = 3) -> Preprocess:
@@ -150,7 +156,7 @@ class Encoder(nn.Module):
         self.backbone, self.record = backbone, record
         size = backbone.config.image_size if image_size is None else image_size
         self.grid: tuple[int, ...] = backbone.config.model_copy(update={"image_size": size}).grid
-        self.preprocess = preprocess or Preprocess.at(size, backbone.config.channels)
+        self.preprocess = preprocess or Preprocess.said(record, size, backbone.config.channels)
         self.text: Pairing | None = None
 
     @property
@@ -182,7 +188,11 @@ class Encoder(nn.Module):
 
     def pair(self, images: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b e"]:
         """Pictures as vectors of length 1 in the space of its texts. Raises `SaccadeError` without a text tower."""
-        return self._texts().images(self.backbone.pooled(images))
+        return self.pairing().images(self.backbone.pooled(images))
+
+    def paired(self, features: Features) -> Float[Tensor, "b e"]:
+        """As `pair`, of features that are there already."""
+        return self.pairing().images(self.embedding(features))
 
     def logits(
         self, images: Shaped[Tensor, "b ..."], texts: Sequence[str] | Int[Tensor, "c l"]
@@ -191,10 +201,11 @@ class Encoder(nn.Module):
 
         Raises `SaccadeError` without a text tower.
         """
-        pairing = self._texts()
+        pairing = self.pairing()
         return pairing.logits(self.pair(images), pairing(texts))
 
-    def _texts(self) -> Pairing:
+    def pairing(self) -> Pairing:
+        """Its text tower, and how texts and pictures are compared. Raises `SaccadeError` where there is none."""
         if self.text is None:
             refused = (self.record.get("text") or {}).get("refused")
             why = f": what is there was refused, as {refused}" if refused else ""

@@ -102,7 +102,8 @@ class Model:
             sums = self._replay([next(batches) for _ in range(parts)], now)
         else:
             sums = {}
-            if isinstance(self.method, Evened) and self.method.assign.ahead:
+            method = self.method.bare()
+            if isinstance(method, Evened) and method.assign.ahead:
                 batches = iter(self._looked_at([next(batches) for _ in range(parts)], now))
             for part in range(parts):
                 loss, metrics = self._forward(next(batches), now, last=part == parts - 1)

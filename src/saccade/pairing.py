@@ -103,7 +103,14 @@ def load(folder: Path) -> tuple[Pairing, dict[str, Any]]:
         raise SaccadeError(f"{folder} is not what its {CONFIG} describes: {', '.join(unlike[:3])}", path=folder)
     pairing = _filled(pairing, tensors)
     pairing.tokenizer, said = _tokenizer(folder, settings, "saccade")
-    record = {"naming": "saccade", "matched": len(tensors), "missing": [], "unexpected": [], "tokenizer": said}
+    record = {
+        "naming": "saccade",
+        "hash": hash_said,
+        "matched": len(tensors),
+        "missing": [],
+        "unexpected": [],
+        "tokenizer": said,
+    }
     return pairing, {**record, **settings.model_dump(mode="json")}
 
 

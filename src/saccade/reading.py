@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxtyping import Int
 
-from saccade.data import Source, Tokenize
+from saccade.data import Source, Tokenize, same_text
 from saccade.distributed import Ranks
 from saccade.draws import Permutation
 from saccade.errors import SaccadeError, Unreadable, say
@@ -118,9 +118,7 @@ def survey(source: Source, tokenizer: Tokenizer, length: int | None) -> dict[str
         texts_seen += len(texts)
         with_texts += bool(texts)
         faults = [*faults, *["cut"] * len(tokenizer.encode(texts, length).cut if length else ())]
-        faults += [
-            "duplicate" for text in texts if owners.setdefault(" ".join(text.split()).casefold(), index) != index
-        ]
+        faults += ["duplicate" for text in texts if owners.setdefault(same_text(text), index) != index]
         for fault in faults:
             note(fault, source.key(index))
     for orphan in source.orphans():

@@ -2,27 +2,32 @@
 
 An index is a directory that `embed` writes: index.json, keys.jsonl (one JSON string a line), one .npy of float32 for
 each kind of token, a row for each sample in the order of the data, and quarantine.jsonl (the rows that stayed zero).
+Vectors of the kind `pair` lie in the space that pictures share with texts: words are searched for among them.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
 from saccade import weights
 from saccade.encoder import Encoder
-from saccade.errors import SaccadeError, Unreadable
+from saccade.errors import SaccadeError, Unreadable, say
 
 FORMAT = "saccade-index-1"
 STATE, KEYS, QUARANTINE = "index.json", "keys.jsonl", "quarantine.jsonl"
+PAIR = "pair"
+"""The kind of vectors that pictures and texts share."""
 _ROWS = 1 << 16  # rows a chunk: 100 MB at 384 wide
 
 
@@ -101,13 +106,11 @@ class Index:
         """The `k` nearest, nearest first; ties by the order of the data. A key finds itself first.
 
         `query` is a vector [D], a Pillow picture, a `Path` or a string: a key of the index, else a file. `image`,
-        `text` and `key` say which it is. Raises `SaccadeError` for an unknown key, an unreadable picture, a vector of
-        another width.
+        `text` and `key` say which it is; words are found in an index of the kind `pair`. Raises `SaccadeError` for an
+        unknown key, an unreadable picture, a vector of another width, and words where there is no text tower.
         """
         if text is not None:
-            raise SaccadeError(
-                "search by words needs a text tower, which comes later", path="--text", hint="use --image or --key"
-            )
+            return self.search_many(self._of_text(text)[None], k, token=PAIR)[0]
         if isinstance(query, str):
             known = json.dumps(query) in self._lines()
             key, image = (query, None) if known or not Path(query).is_file() else (None, query)
@@ -120,15 +123,18 @@ class Index:
         elif query is not None:
             vector = _array(query)
         else:
-            raise SaccadeError("search for what?", hint="give a vector, an image or a key")
+            raise SaccadeError("search for what?", hint="give a vector, an image, words or a key")
         if vector.ndim != 1:
             raise SaccadeError(f"a query is one vector, not {list(vector.shape)}", hint="search_many takes several")
         return self.search_many(vector[None], k)[0]
 
-    def search_many(self, vectors: Tensor | np.ndarray, k: int = 10) -> list[list[Hit]]:
-        """The `k` nearest of each query [Q D], exactly, in one pass over the vectors on disk."""
-        token, queries = self._token(), _array(vectors)
-        dim = self.state["dim"]
+    def search_many(self, vectors: Tensor | np.ndarray, k: int = 10, *, token: str | None = None) -> list[list[Hit]]:
+        """The `k` nearest of each query [Q D], exactly, in one pass over the vectors on disk.
+
+        `token`: among which kind of vectors; the first pooled one that the index has, if not given.
+        """
+        token, queries = token or self._token(), _array(vectors)
+        dim = self.vectors(token).shape[-1]
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise SaccadeError(
                 f"queries are [Q {dim}], not {list(queries.shape)}", hint="embed them with the same backbone"
@@ -136,7 +142,7 @@ class Index:
         lengths = np.linalg.norm(queries, axis=1, keepdims=True)
         if not (np.isfinite(lengths).all() and lengths.all()):
             raise SaccadeError("a query of length zero or with NaN has no direction")
-        rows, scores = self._nearest(token, queries / lengths, k)
+        rows, scores = best_of(self._cosines(token, torch.from_numpy(queries / lengths)), k)
         lines = self._lines()
         return [
             [
@@ -144,26 +150,15 @@ class Index:
                 for row, score in zip(*pair, strict=True)
                 if np.isfinite(score)
             ]
-            for pair in zip(rows, scores, strict=True)
+            for pair in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
-    def _nearest(self, token: str, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [Q k] and cosines [Q k], sorted; rows without a vector come last, at minus infinity."""
+    def _cosines(self, token: str, queries: Float[Tensor, "q d"]) -> Iterator[Float[Tensor, "q _"]]:
+        """Cosines with the rows on disk, some at a time; minus infinity where a row has no vector."""
         vectors, norms = self.vectors(token), self._lengths(token)
-        best_rows = np.zeros((len(queries), 0), dtype=np.int64)
-        best = np.zeros((len(queries), 0), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS):
             chunk, norm = (torch.from_numpy(part[start : start + _ROWS]) for part in (vectors, norms))
-            found = (torch.from_numpy(queries) @ chunk.T).div_(norm).masked_fill_(norm == 0, -torch.inf)
-            # all that reach the k-th score stay for the sort below, so that ties go by the order of the data
-            reach = min(k, len(chunk))
-            reach = int((found >= found.topk(reach).values[:, -1:]).sum(dim=1).max())
-            top, chosen = found.topk(reach)
-            scores = np.concatenate([best, top.numpy()], 1)
-            rows = np.concatenate([best_rows, chosen.numpy() + start], 1)
-            order = np.lexsort((rows, -scores), axis=1)[:, :k]
-            best, best_rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-        return best_rows, best
+            yield (queries @ chunk.T).div_(norm).masked_fill_(norm == 0, -torch.inf)
 
     def _lengths(self, token: str) -> np.ndarray:
         if token not in self._norms:
@@ -213,6 +208,40 @@ class Index:
 
     def _of_image(self, image: Image.Image | str | Path) -> np.ndarray:
         """The vector of a picture, made as those of the index were."""
+        encoder, token = self._encoder(), self._token()
+        try:
+            pixels = encoder.preprocess(image)
+        except Unreadable as error:
+            raise SaccadeError(
+                f"the picture {error.key} cannot be read: {error.reason}", path=error.key or None
+            ) from None
+        images = pixels[None].to(encoder.device)
+        with torch.inference_mode():
+            if token == PAIR:
+                return _array(encoder.pair(images)[0])
+            if token == "cls":
+                return _array(encoder(images, tokens="cls").cls[0])
+            return _array(encoder(images, tokens="patches").patches.mean(dim=1)[0])
+
+    def _of_text(self, text: str) -> np.ndarray:
+        """The vector of words in the space that pictures share. Raises `SaccadeError` without a text tower."""
+        if not text.strip():
+            raise SaccadeError("search for which words?", path="--text", hint='e.g. --text "a crushed yellow leaf"')
+        encoder = self._encoder()
+        try:
+            pairing = encoder.pairing()
+        except SaccadeError as error:
+            hint = "embed with a backbone that has one (CLIP, SigLIP, or a run of pictures with words)"
+            raise SaccadeError(error.error, path="--text", hint=f"{hint}, or search by --image or --key") from None
+        self.vectors(PAIR)  # raises where the index was made without
+        with torch.inference_mode():
+            found = _array(pairing([text])[0])
+        if pairing.cut([text]):
+            say("the words are more than the text tower reads, and were cut")
+        return found
+
+    def _encoder(self) -> Encoder:
+        """The backbone that made the index. Raises `SaccadeError` for another one."""
         said = self.state["backbone"]
         if not isinstance(self._backbone, Encoder):
             place = self._backbone or said["path"]
@@ -220,21 +249,34 @@ class Index:
                 raise SaccadeError("the index does not know its backbone's place", hint="Index.open(path, backbone=…)")
             self._backbone = weights.load(place, image_size=self.state["image_size"], **(said.get("asked") or {}))
         encoder = self._backbone
-        if encoder.record.get("hash") != said["hash"]:
+        tower = (encoder.record.get("text") or {}).get("hash") if "text" in said else None
+        if encoder.record.get("hash") != said["hash"] or tower != said.get("text"):
             raise SaccadeError(
                 f"the backbone {said['path']} is not the one that made {self.path}", path=self.path, hint="embed again"
             )
-        try:
-            pixels = encoder.preprocess(image)
-        except Unreadable as error:
-            raise SaccadeError(
-                f"the picture {error.key} cannot be read: {error.reason}", path=error.key or None
-            ) from None
-        with torch.inference_mode():
-            tokens: Literal["cls", "patches"] = "cls" if self._token() == "cls" else "patches"
-            features = encoder(pixels[None].to(encoder.device), tokens=tokens)
-        pooled = features.cls if tokens == "cls" else features.patches.mean(dim=1)
-        return _array(pooled[0])
+        return encoder
+
+
+def best_of(parts: Iterable[Float[Tensor, "q _"]], k: int) -> tuple[Int[Tensor, "q k"], Float[Tensor, "q k"]]:
+    """The `k` best columns of each row of scores, and these, best first; ties in the order of the columns.
+
+    The scores come in parts, columns from left to right, and only one part is held at a time.
+    """
+    rows = best = torch.empty(0)
+    start = 0
+    for scores in parts:
+        top, chosen = scores.topk(min(k, scores.shape[1]))
+        reach = int((scores >= top[:, -1:]).sum(dim=1).max())
+        if reach > top.shape[1]:  # all that reach the k-th score stay, so that ties go by the order of the columns
+            top, chosen = scores.topk(reach)
+        chosen, order = chosen.sort(dim=1)
+        top, chosen = top.gather(1, order), chosen + start
+        if start:
+            top, chosen = torch.cat([best, top], 1), torch.cat([rows, chosen], 1)
+        best, order = top.sort(dim=1, descending=True, stable=True)
+        best, rows = best[:, :k], chosen.gather(1, order)[:, :k]
+        start += scores.shape[1]
+    return rows, best
 
 
 def read_state(place: Path) -> dict[str, Any]:

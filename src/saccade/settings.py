@@ -278,7 +278,7 @@ class AdaptArguments(RunArguments):
     warm: float = Field(
         0.3, ge=0, lt=1, description="part of the steps, at most, in which fresh heads learn on a still backbone"
     )
-    backbone_rate: float = Field(0.05, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
+    backbone_rate: float = Field(1.0, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
     anchor_patches: float = Field(
         1.0, ge=0, description="weight of the distance from the start in how alike the patches of a picture are"
     )
@@ -303,10 +303,14 @@ class EvaluateArguments(Settings):
     backbone: Word = Field(description=BACKBONE)
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20; for "
-        "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt"
+        "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt; for "
+        "retrieval pictures with captions: test.jsonl, test/ with texts beside pictures, a list, or tar shards"
     )
-    tasks: tuple[str, ...] = Field(("knn", "linear", "few-label"), description="any of these, or segmentation alone")
+    tasks: tuple[str, ...] = Field(
+        ("knn", "linear", "few-label"), description="any of these and zero-shot, or segmentation or retrieval alone"
+    )
     labels: tuple[int, ...] = Field((1, 5, 10, 100), description="few-label: how many labels a class")
+    templates: str | None = Field(None, description="zero-shot: file of prompts, one a line, {} stands for the class")
     group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
     image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
@@ -325,7 +329,8 @@ class EmbedArguments(Settings):
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
         None,
-        description="what is kept of a picture: cls, mean, patches; cls, or mean where there is none, if not given",
+        description="what is kept of a picture: cls, mean, patches, pair (in the space of texts); if not given, pair "
+        "where there is a text tower, else cls, or mean",
     )
     image_size: int | None = Field(None, ge=1, description=_SIZE)
     channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
@@ -335,7 +340,7 @@ class EmbedArguments(Settings):
 
 
 class SearchArguments(Settings):
-    """Find the nearest neighbours of a picture in an index."""
+    """Find the nearest neighbours of a picture, or of words, in an index."""
 
     index: Word = Field(description="index directory")
     image: str | None = Field(None, description="query: a picture file")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saccade.errors import SaccadeError
 from saccade.linear import Linear
 from saccade.settings import Settings
-from saccade.tokenizer import Tokenizer
+from saccade.tokenizer import Encoded, Tokenizer
 from saccade.vit import Activation, Block, Features, initialise
 
 
@@ -176,13 +176,20 @@ class Pairing(nn.Module):
 
     def tokens(self, texts: Sequence[str]) -> Int[Tensor, "b l"]:
         """Texts as tokens, where the tower lives. Raises `SaccadeError` without a tokenizer."""
+        return self._encoded(texts).tokens.to(self.logit_scale.device)
+
+    def cut(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """Which of these texts are longer than the tower reads. Raises `SaccadeError` without a tokenizer."""
+        return self._encoded(texts).cut
+
+    def _encoded(self, texts: Sequence[str]) -> Encoded:
         if self.tokenizer is None:
             raise SaccadeError(
                 "this text tower has no tokenizer",
                 path="tokenizer",
                 hint="put its tokenizer.json (or spiece.model, or vocab.json and merges.txt) beside the weights",
             )
-        return self.tokenizer.encode(texts, self.tower.config.length).tokens.to(self.logit_scale.device)
+        return self.tokenizer.encode(texts, self.tower.config.length)
 
     def forward(self, texts: Sequence[str] | Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Texts, or their tokens, as vectors of length 1 in the shared space."""

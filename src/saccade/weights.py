@@ -194,8 +194,8 @@ def _finish(
         record = record | facts | {"asked": asked, "reshaped": sorted({*record.get("reshaped", []), *reshaped})}
     record |= resize.said(before, config, other, image_size)
     usual = prepared.side if prepared is not None and prepared.side is not None else config.image_size
-    size, seen = usual if image_size is None else image_size, config.channels
-    preprocess = Preprocess.at(size, seen) if prepared is None else Preprocess.of(prepared, size, seen)
+    size = usual if image_size is None else image_size
+    preprocess = None if prepared is None else Preprocess.of(prepared, size, network.config.channels)
     return Encoder(network, record, size, preprocess).eval()
 
 

@@ -1,7 +1,8 @@
 """How good frozen features are: k-NN, a linear probe and few labels, beside what they must beat. All scores in percent.
 
-Nothing is chosen on the test set: the penalty and the pooling are chosen on a part of train that is held out, with
-groups kept together. Where baselines have a choice, they get the better one.
+Where there is a text tower also without any label: classes told by their names, and texts and pictures found by each
+other. Nothing is chosen on the test set: the penalty and the pooling are chosen on a part of train that is held out,
+with groups kept together. Where baselines have a choice, they get the better one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from saccade.data import Source
 from saccade.embed import device, encoder_of, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
-from saccade.evaluate import few_label, knn, linear, segmentation, texts
+from saccade.evaluate import few_label, knn, linear, retrieval, segmentation, texts, zero_shot
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
@@ -32,8 +33,9 @@ from saccade.own import OwnConfig
 __all__ = ["evaluate"]
 
 TASKS = ("knn", "linear", "few-label")
+IN_WORDS = ("zero-shot",)
 ON_MASKS = ("segmentation",)
-LATER = ("retrieval", "zero-shot")
+ON_PAIRS = ("retrieval",)
 
 
 def evaluate(
@@ -42,6 +44,7 @@ def evaluate(
     *,
     tasks: Sequence[str] = TASKS,
     labels: Sequence[int] = few_label.COUNTS,
+    templates: str | Path | Sequence[str] | None = None,
     group_by: str | None = None,
     image_size: int | None = None,
     channels: int | None = None,
@@ -53,7 +56,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores of a backbone on labelled pictures, in percent; the keys are those of `saccade evaluate --json`.
 
-    The task `segmentation` reads masks (PART/images/X.jpg, PART/masks/X.png, classes.txt) and stands alone.
+    The task `segmentation` reads masks (PART/images/X.jpg, PART/masks/X.png, classes.txt), `retrieval` pictures with
+    captions; each stands alone. `zero-shot` asks for the classes by name; `templates` are its prompts, or a file.
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
     `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
@@ -65,27 +69,54 @@ def evaluate(
         found = texts.evaluate(folder, labelled, wanted, seed)
         return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
     _check_tasks(tasks, labels)
+    if templates is not None and "zero-shot" not in tasks:
+        raise SaccadeError("templates belong to the task zero-shot", path="--templates", hint="--tasks zero-shot")
+    prompts = zero_shot.read_templates(templates)
     there(labelled)
     started = time.perf_counter()
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)
-    name = str(backbone if not isinstance(backbone, Encoder) else encoder.record.get("path", "an encoder in memory"))
+    result: dict[str, Any] = {
+        "backbone": str(encoder.record.get("path", "an encoder in memory") if backbone is encoder else backbone),
+        "data": "a source in memory" if isinstance(labelled, Source) else str(labelled),
+    }
     if tuple(tasks) == ON_MASKS:
-        found = segmentation.evaluate(encoder, labelled, group_by=group_by, seed=seed, baselines=baselines)
-        return _written({"backbone": name, "data": str(labelled), **found}, out)
+        result |= segmentation.evaluate(encoder, labelled, group_by=group_by, seed=seed, baselines=baselines)
+    elif tuple(tasks) == ON_PAIRS:
+        result |= retrieval.evaluate(encoder, labelled, workers=workers)
+    else:
+        if "zero-shot" in tasks:
+            result |= zero_shot.evaluate(encoder, labelled, templates=prompts, workers=workers)
+        if probes := [task for task in tasks if task in TASKS]:
+            found = _probed(encoder, labelled, probes, labels, group_by, seed, workers, baselines)
+            result |= found | {"warnings": list(dict.fromkeys([*result.get("warnings", ()), *found["warnings"]]))}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return _written(result, out)
+
+
+def _probed(
+    encoder: Encoder,
+    labelled: str | Path | Source,
+    tasks: Sequence[str],
+    labels: Sequence[int],
+    group_by: str | None,
+    seed: int,
+    workers: int,
+    baselines: bool,
+) -> dict[str, Any]:
+    """What is learned from labels, on features that are computed once."""
+    started = time.perf_counter()
     data = read_labelled(labelled, group_by, encoder.preprocess.canvas, encoder.preprocess.channels)
     extracted = extract(encoder, data, baselines=baselines, seed=seed, workers=workers)
     read = time.perf_counter() - started
     exam = _exam(data, extracted, labels, seed)
     scores = {who: _score(vectors, exam, _asked(who, tasks)) for who, vectors in extracted.features.items()}
-    result = {
-        "backbone": name,
-        "data": "a source in memory" if isinstance(labelled, Source) else str(labelled),
+    beside = {}
+    if baselines:
+        beside["baselines"] = {**_report_baselines(scores), **_blind(exam)}
+        beside["differences"] = _differences(scores, exam)
+    return {
         **_report(scores, exam, tasks),
-        **(
-            {"baselines": {**_report_baselines(scores), **_blind(exam)}, "differences": _differences(scores, exam)}
-            if baselines
-            else {}
-        ),
+        **beside,
         "split": exam.split,
         "image_size": encoder.preprocess.crop,
         "quarantined": len(extracted.failures),
@@ -93,9 +124,7 @@ def evaluate(
         "warnings": _warnings(data, exam, encoder if baselines else None),
         "seed": seed,
         "images_per_second": round((len(extracted.train) + len(extracted.test)) / max(read, 1e-9), 1),
-        "seconds": round(time.perf_counter() - started, 1),
     }
-    return _written(result, out)
 
 
 def _warnings(data: Labelled, exam: _Exam, compared: Encoder | None) -> list[str]:
@@ -121,15 +150,16 @@ def _asked(contestant: str, tasks: Sequence[str]) -> list[str]:
 def _check_tasks(tasks: Sequence[str], labels: Sequence[int]) -> None:
     if not labels or min(labels) < 1:
         raise SaccadeError("few labels are one a class or more", path="--labels", hint="e.g. --labels 1,10")
+    if not tasks:
+        raise SaccadeError("no task is asked for", path="--tasks", hint=f"e.g. --tasks {','.join(TASKS)}")
+    known = TASKS + IN_WORDS + ON_MASKS + ON_PAIRS
     for task in tasks:
-        if task in LATER:
-            raise SaccadeError(
-                f"the task {task!r} comes later", path="--tasks", hint=f"there are: {', '.join(TASKS + ON_MASKS)}"
-            )
-        if task not in TASKS + ON_MASKS:
-            raise SaccadeError(f"there is no task {task!r}", path="--tasks", hint=nearest(task, TASKS + ON_MASKS))
-    if "segmentation" in tasks and tuple(tasks) != ON_MASKS:
-        raise SaccadeError("segmentation reads masks, the other tasks classes", path="--tasks", hint="ask for it alone")
+        if task not in known:
+            raise SaccadeError(f"there is no task {task!r}", path="--tasks", hint=nearest(task, known))
+    for alone, what in ((ON_MASKS, "masks"), (ON_PAIRS, "captions")):
+        if alone[0] in tasks and tuple(tasks) != alone:
+            said = f"{alone[0]} reads {what}, the other tasks classes"
+            raise SaccadeError(said, path="--tasks", hint="ask for it alone")
 
 
 @dataclass(frozen=True)

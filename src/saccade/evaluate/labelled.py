@@ -83,6 +83,36 @@ def read_labelled(
     return Labelled(source, keys, classes, labels, groups, train, test, split, warnings)
 
 
+def read_examined(labelled: str | Path | Source, short_side: int | None, channels: int) -> Labelled:
+    """The samples of the test side, or all where there is none, for what learns from no label: `train` is empty.
+
+    Classes are those of both sides. A folder may have its test side alone. Raises `SaccadeError` for unlabelled data.
+    """
+    place = labelled if isinstance(labelled, Source) else Path(labelled).expanduser()
+    made = ""
+    if isinstance(place, Path) and not any((place / name).is_dir() for name in TRAIN):
+        side = next((name for name in TEST if (place / name).is_dir()), None)
+        place, made = (place, "") if side is None else (place / side, f"as given: {side}")
+    source = open_source(place, short_side=short_side, channels=channels)
+    keys = [source.key(row) for row in range(len(source))]
+    parts, classes_of = _parts_and_classes(source, keys, labelled)
+    official = any(part is not None for part in parts)
+    classes = sorted({name for name, part in zip(classes_of, parts, strict=True) if name and part != "unused"})
+    number: dict[str | None, int] = {name: place for place, name in enumerate(classes)}
+    labels = np.array([number.get(name, -1) for name in classes_of], dtype=np.int64)
+    examined = np.array([not official or part == "test" for part in parts]) & (labels >= 0)
+    test, warnings = np.flatnonzero(examined), list[str]()
+    _check(classes, labels, None, test, labelled, warnings)
+    made = made or ("as given: test" if official else "all: there is no split, and nothing is learned")
+    none = np.zeros(0, dtype=np.int64)
+    return Labelled(source, keys, classes, labels, None, none, test, {"made": made}, warnings)
+
+
+def in_test(name: str) -> bool:
+    """Whether a column `split` says so."""
+    return _part(name) == "test"
+
+
 def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[list[str | None], list[str | None]]:
     """For each sample: train, test or None (no official split); and the name of its class."""
     columns = source.columns if isinstance(source, Files) else {}
@@ -182,7 +212,12 @@ def _tell_torn_groups(groups: list[str] | None, train: np.ndarray, test: np.ndar
 
 
 def _check(
-    classes: list[str], labels: np.ndarray, train: np.ndarray, test: np.ndarray, labelled: Any, warnings: list[str]
+    classes: list[str],
+    labels: np.ndarray,
+    train: np.ndarray | None,
+    test: np.ndarray,
+    labelled: Any,
+    warnings: list[str],
 ) -> None:
     """Raises `SaccadeError` when there is nothing to tell apart; warns of classes that one side lacks."""
     if len(classes) < 2:
@@ -191,6 +226,8 @@ def _check(
             f"{labelled} has {have}", path=str(labelled), hint="use folders train/CLASS/… and test/CLASS/…"
         )
     for rows, where in ((train, "train"), (test, "test")):
+        if rows is None:
+            continue
         counts = Counter(labels[rows].tolist())
         if not counts:
             raise SaccadeError(f"there is nothing in {where} of {labelled}", path=str(labelled))

@@ -64,6 +64,7 @@ def write_run(
         ("The way and the gate", lambda: adapted.way(run)),
         ("Health", lambda: sections.health(run)),
         ("Training", lambda: sections.training(run)),
+        ("Texts", lambda: sections.texts(run)),
         ("What the features know", lambda: sections.live(run)),
         ("Evaluation", lambda: sections.evaluation(scores) if scores and "baselines" in scores else None),
         ("What the method makes of a picture", lambda: sections.made(shown() if callable(shown) else shown)),

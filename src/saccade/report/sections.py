@@ -190,6 +190,38 @@ def live(run: Run) -> Section | None:
     )
 
 
+_FAULTS = {
+    "missing": "no text belongs to the picture: it is set aside",
+    "empty": "nothing but space: not used",
+    "over-long": "more than 10,000 characters: cut there",
+    "cut": "more tokens than are read: its end is not",
+    "duplicate": "the same as another sample's: neither is a wrong answer for the other",
+    "latin-1": "not UTF-8: read as Latin-1",
+    "utf-16-le": "UTF-16, by its mark",
+    "utf-16-be": "UTF-16, by its mark",
+    "unreadable": "the file could not be read: set aside",
+    "without a picture": "belongs to nothing: not used",
+}
+
+
+def texts(run: Run) -> Section | None:
+    """How many texts there were, and what was wrong with them."""
+    found = run.record.get("texts")
+    if not found:
+        return None
+    lede = f"{plural(found['texts'], 'text')} of {plural(found['with_texts'], 'sample')}"
+    if found["covered"] < found["samples"]:
+        lede += f", among {found['covered']:,} of {found['samples']:,} that were looked at before the first step"
+    rows = [
+        [fault, f"{count:,}", _FAULTS.get(fault, ""), ", ".join(found["first"].get(fault, [])[:3])]
+        for fault, count in found["faults"].items()
+    ]
+    if not rows:
+        return Section("Texts", f"{lede}; nothing was wrong with them.", [])
+    columns = ["", "How many", "What it is, and what is done", "The first"]
+    return Section("Texts", f"{lede}. What was wrong:", [Table("What was wrong with texts", columns, rows)])
+
+
 def made(shown: Mapping[str, Float[Tensor, "b c h w"]]) -> Section | None:
     """What the method makes of a batch: a card for each sample, its pictures side by side."""
     shown = {caption: images for caption, images in shown.items() if len(images)}
