@@ -20,12 +20,13 @@ from torch import Tensor
 
 from saccade import backbone, distributed, health, hints, published, recipe, report, weights
 from saccade.advice import advise
-from saccade.anchor import Anchored, anchored, architecture
+from saccade.anchor import Anchored, Told, anchored, architecture
 from saccade.data import Delivery, Source
 from saccade.distributed import Ranks
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
-from saccade.evaluate import evaluate, gate
+from saccade.evaluate import evaluate, gate, zero_shot
+from saccade.evaluate.labelled import read_labelled
 from saccade.evaluate.live import Live
 from saccade.model import Model, build
 from saccade.recipe import Recipe, Training
@@ -47,9 +48,26 @@ nothing was learned (docs/log.md).
 """
 QUEUE = 512
 """Former large crops, about, among which Sinkhorn-Knopp shares the prototypes out."""
+WORDS = (
+    "person", "animal", "bird", "insect", "plant", "leaf", "flower", "tree", "food", "building", "street", "vehicle",
+    "machine", "tool", "furniture", "clothing", "text", "drawing", "map", "sky", "water", "ground", "rock", "metal",
+    "wood", "cloth", "skin", "cell", "red", "green", "blue", "yellow", "white", "black", "round", "striped", "spotted",
+    "broken", "empty", "many",
+)  # fmt: skip
+"""What a start with a text tower is held to where no class has a name."""
 PATIENCE, FALLS = 5, 3
 """Evaluations without a better one, and roll-backs, after which a run ends."""
-_GENTLE = ("warm", "backbone_rate", "anchor_patches", "anchor_token", "freeze_blocks", "lora", "roll_back", "looks")
+_GENTLE = (
+    "warm",
+    "backbone_rate",
+    "anchor_patches",
+    "anchor_token",
+    "anchor_text",
+    "freeze_blocks",
+    "lora",
+    "roll_back",
+    "looks",
+)
 
 
 def adapt(
@@ -79,8 +97,9 @@ def adapt(
     whole = PretrainArguments(**for_the_loop, recipe=name, init=arguments.start)
     with distributed.ranks() as ranks, holding():
         with stop_requests() as requests:
-            prepared = encoder.record.get("preprocess")
-            adapting = Adapting(anchored(page, arguments, encoder), config, whole, parts, ranks, arguments, prepared)
+            told = None if config.texts() else _told(encoder, arguments)
+            held = anchored(page, arguments, encoder, told)
+            adapting = Adapting(held, config, whole, parts, ranks, arguments, encoder, told)
             adapting.train(requests)
         return adapting.finish()
 
@@ -106,6 +125,18 @@ def _start(arguments: AdaptArguments, channels: int | None) -> Encoder:
     path = began["path"] if "revision" in began else arguments.start
     encoder = _trainable(weights.load(path), arguments.start)  # said first: a graph takes no other channels either
     return encoder if channels in (None, encoder.backbone.config.channels) else weights.load(path, channels=channels)
+
+
+def _told(encoder: Encoder, arguments: AdaptArguments) -> Told | None:
+    """The words that a start with a text tower is held to: of the labelled classes, else `WORDS`."""
+    if encoder.text is None or encoder.text.tokenizer is None:
+        return None
+    names, canvas = list(WORDS), encoder.preprocess.canvas
+    if arguments.eval is not None:
+        labelled = read_labelled(arguments.eval, arguments.group_by, canvas, encoder.preprocess.channels)
+        names = [zero_shot.readable(name) for name in labelled.classes]
+    words, _ = zero_shot.class_vectors(encoder, names, zero_shot.TEMPLATES)
+    return Told(words.clone(), encoder.text)
 
 
 def _trainable(encoder: Encoder, start: str | Path) -> Encoder:
@@ -164,10 +195,10 @@ class Watching(Watch):
 
     def __init__(
         self, arguments: PretrainArguments, source: Source, run: Run, ranks: Ranks, *, asked: AdaptArguments,
-        prepared: dict[str, Any] | None,
+        prepared: dict[str, Any] | None, told: Told | None,
     ):  # fmt: skip
         super().__init__(arguments, source, run, ranks)
-        self.asked, self._prepared = asked, prepared
+        self.asked, self._prepared, self._told = asked, prepared, told
 
     def begin(self, model: Model, steps: int, say: Any) -> None:
         """As `Watch`; and the model takes from its checkpoint how far it was."""
@@ -194,10 +225,10 @@ class Watching(Watch):
         return self.arguments.eval is not None and (self._idle >= PATIENCE or self._falls >= FALLS)
 
     def labelled(self, preprocess: Preprocess) -> Live:
-        """Those to learn from and those to choose by."""
+        """All but the gate's: k-NN chooses by all of them, each left out in its turn."""
         assert self.arguments.eval is not None
         parts = (self.arguments.eval, self.arguments.group_by, preprocess, self._rows)
-        return Live(*parts, divide=lambda data: gate.divide(data)[:2])
+        return Live(*parts, divide=lambda data: gate.divide(data)[:2], leave_out=True)
 
     def pictures(self) -> Shaped[Tensor, "b c s s"]:
         """Some of those that are trained on. Raises `SaccadeError` where none can be read."""
@@ -271,7 +302,7 @@ class Watching(Watch):
             measure = (
                 "no labels: the newest whose features are not lost"
                 if self.arguments.eval is None
-                else (f"{self.measure}, on a part held out of train")
+                else f"{self.measure} of the train side but for the gate's part, each picture by those of other groups"
             )
             value = found.get(self.measure, 0.0)
             self.best = {"step": entry["step"], "measure": measure, "value": value, "warming": found["warming"]}
@@ -297,7 +328,12 @@ class Watching(Watch):
 
         live = Live(self.arguments.eval, self.arguments.group_by, start.preprocess, 10_000, divide=divide)
         before, names = live.right(start)
-        return gate.judge(before, live.right(candidate)[0], names)
+        verdict = gate.judge(before, live.right(candidate)[0], names)
+        if self._told is None:
+            return verdict
+        told = self._told
+        heard = (live.told(encoder, told.words, told.pairing) for encoder in (start, candidate))
+        return gate.held(verdict, *heard, names)
 
 
 class Adapting(Pretraining):
@@ -307,9 +343,10 @@ class Adapting(Pretraining):
 
     def __init__(
         self, page: Recipe, config: Training, arguments: PretrainArguments, data: list[Any], ranks: Ranks,
-        asked: AdaptArguments, prepared: dict[str, Any] | None,
+        asked: AdaptArguments, start: Encoder, told: Told | None,
     ):  # fmt: skip
-        self.asked, self.watching = asked, functools.partial(Watching, asked=asked, prepared=prepared)
+        self.asked, self._text, prepared = asked, start.text, start.record.get("preprocess")
+        self.watching = functools.partial(Watching, asked=asked, prepared=prepared, told=told)
         super().__init__(page, config, arguments, data, ranks)
         if self.watch.encoder is None:
             raise ranks.shared(
@@ -443,7 +480,9 @@ class Adapting(Pretraining):
         refused = verdict["passed"] is False
         verdict["handed_over"] = "start" if refused else "candidate"
         kept, other = (start, encoder) if refused else (encoder, start)
-        weights.save_backbone(self.run.path / "backbone", kept.backbone, kept.record)
+        learned = encoder.text is not None and kept is encoder and moved  # a recipe of pairs, which moves both towers
+        text = weights.load(self.run.path / "best").text if learned else self._text
+        weights.save_backbone(self.run.path / "backbone", kept.backbone, kept.record, text)
         scores = self.watch.examine(kept)
         rest = self.watch.examine(other)
         if scores is not None and rest is not None:

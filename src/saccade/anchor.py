@@ -7,7 +7,7 @@ import copy
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,16 +24,26 @@ from saccade.norm import BatchNorm
 from saccade.optim import Group
 from saccade.recipe import Coupled, Method, Recipe, Training
 from saccade.settings import AdaptArguments
+from saccade.text import Pairing
 from saccade.vit import ViTConfig
 
 RISE = 0.1
 """Part of the steps after the heads are warm in which the backbone's learning rate rises from 0."""
 AREA = (0.5, 1.0)
 """Of the crops, in their own colours, on which the backbone is held to the start."""
-WINDOW, SETTLED = 0.04, 0.01
-"""Parts of the run over which the heads' loss is averaged; settled is what falls by less than this part of it."""
+WINDOW, LEAST, SETTLED = 0.04, 8, 0.01
+"""Part of the run, and steps at least, over which the heads' loss is averaged; settled is what falls by less than this
+part of it."""
 BRAKE = 0.5
 """What is left of the backbone's learning rate after a roll-back."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Words that a start with a text tower has learned: their vectors, of length 1, and how pictures come to them."""
+
+    words: Float[Tensor, "c d"]
+    pairing: Pairing
 
 
 _SHAPE = ("width", "depth", "hidden", "kind", "blocks", "widths")
@@ -46,7 +56,7 @@ def architecture(encoder: Encoder) -> str | None:
     return None if name is None else re.sub(r"(/\d+)-.*", r"\1", re.sub(r"-w\d+/", "/", name))
 
 
-def anchored(page: Recipe, asked: AdaptArguments, encoder: Encoder) -> Recipe:
+def anchored(page: Recipe, asked: AdaptArguments, encoder: Encoder, told: Told | None = None) -> Recipe:
     """The recipe with a backbone like the encoder's, and held to it. The recipe does not know."""
     settings = encoder.backbone.config
     shape = {name: getattr(settings, name) for name in _SHAPE if name in type(settings).model_fields}
@@ -56,12 +66,12 @@ def anchored(page: Recipe, asked: AdaptArguments, encoder: Encoder) -> Recipe:
 
     def views(config: Any, batch: Batch, draws: Draws) -> Batch:
         made = page.views(config, batch, draws)
-        if not (asked.anchor_patches or asked.anchor_token):
+        if not (asked.anchor_patches or asked.anchor_token or (told and asked.anchor_text)):
             return made
         crops = augment.random_resized_crop(draws.sample("anchor"), batch["size"], scale=AREA)
         return made | {"anchored": augment.render(batch["pixels"], crops, config.image_size)}
 
-    method = functools.partial(Anchored, page=page, asked=asked)
+    method = functools.partial(Anchored, page=page, asked=asked, told=told)
     return replace(page, views=views, method=method, switches=switches)
 
 
@@ -74,10 +84,13 @@ class Anchored(Method):
     """
 
     course: Tensor
+    _words: Tensor | None
+    _way: Tensor | None
 
     def __init__(
-        self, config: Training, network: Any, teachers: dict[str, nn.Module], *, page: Recipe, asked: AdaptArguments
-    ):
+        self, config: Training, network: Any, teachers: dict[str, nn.Module], *, page: Recipe, asked: AdaptArguments,
+        told: Told | None = None,
+    ):  # fmt: skip
         super().__init__(config, network, teachers)
         self.config, self.asked = config, asked
         self.anchor = copy.deepcopy(network).requires_grad_(False)
@@ -103,8 +116,16 @@ class Anchored(Method):
         self._moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.register_buffer("course", torch.tensor([2.0 if asked.warm else 0.0, 1.0, config.warmup, 0.0, 0.0, 1e30]))
         self._now, self._loss = 0.0, list[Tensor]()
+        self._hear(told if asked.anchor_text else None)
         self.recall()
         self.train()
+
+    def _hear(self, told: Told | None) -> None:
+        """Keeps what words are, which never moves and is in no checkpoint."""
+        way = None if told is None else told.pairing.projection
+        self._factor = 0.0 if told is None else told.pairing.logit_scale.exp().item()
+        self.register_buffer("_words", None if told is None else told.words, persistent=False)
+        self.register_buffer("_way", None if way is None else way.weight.detach().clone(), persistent=False)
 
     def recall(self) -> None:
         """Takes what decides between steps from `course`, so that no step waits for the device."""
@@ -154,7 +175,7 @@ class Anchored(Method):
     def forward(
         self, batch: Batch, t: Float[Tensor, ""], ahead: bool = False
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The method's loss, and how far pooled vector and likeness of patches are from the start's.
+        """The method's loss, and how far pooled vector, likeness of patches and the fit of words are from the start's.
 
         `ahead` of it a method whose teacher looks at all micro-batches first (`Evened`) does nothing else.
         """
@@ -170,7 +191,7 @@ class Anchored(Method):
             return loss, metrics
         if self.still:
             nothing = torch.zeros_like(loss.detach())
-            return loss, metrics | {"anchor_token": nothing, "anchor_patches": nothing}
+            return loss, metrics | dict.fromkeys(self._anchors(), nothing)
         (network,), images = self._trained, batch["anchored"]
         seen = network(images)
         with torch.no_grad():
@@ -178,8 +199,26 @@ class Anchored(Method):
         ours, theirs = network.embedding(seen).float(), self.anchor.embedding(kept).float()
         token = 1 - F.cosine_similarity(ours, theirs).mean()
         patches = losses.gram(seen.patches, kept.patches) if seen.patches.shape[1] > 1 else torch.zeros_like(token)
-        far = {"anchor_token": token.detach(), "anchor_patches": patches.detach()}
-        return loss + self.asked.anchor_token * token + self.asked.anchor_patches * patches, metrics | far
+        far = [token, patches] if self._words is None else [token, patches, self._mishearing(ours, theirs)]
+        weights = (self.asked.anchor_token, self.asked.anchor_patches, self.asked.anchor_text)
+        for weight, distance in zip(weights, far, strict=False):
+            loss = loss + weight * distance
+        told = {name: distance.detach() for name, distance in zip(self._anchors(), far, strict=True)}
+        return loss, metrics | told
+
+    def _anchors(self) -> list[str]:
+        return ["anchor_token", "anchor_patches"] + ([] if self._words is None else ["anchor_text"])
+
+    def _mishearing(self, ours: Float[Tensor, "b d"], theirs: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+        """The Kullback-Leibler divergence of how well words fit a picture from how well they did, over all words."""
+        assert self._words is not None
+        words, way = self._words, self._way
+        fits = (
+            F.normalize(x if way is None else F.linear(x, way), dim=-1) @ words.mT * self._factor
+            for x in (ours, theirs)
+        )
+        now, before = (fit.log_softmax(-1) for fit in fits)
+        return F.kl_div(now, before, log_target=True, reduction="batchmean")
 
     @contextlib.contextmanager
     def _resting(self) -> Iterator[None]:
@@ -237,6 +276,8 @@ class Anchored(Method):
     def _settle(self) -> None:
         """A window ends."""
         total, count, before = self.course[3:].tolist()
+        if count < LEAST:  # a mean of two steps is noise
+            return
         mean = total / count
         if before - mean < SETTLED * abs(mean):
             self.course[0] = self._now

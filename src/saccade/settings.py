@@ -278,11 +278,14 @@ class AdaptArguments(RunArguments):
     warm: float = Field(
         0.3, ge=0, lt=1, description="part of the steps, at most, in which fresh heads learn on a still backbone"
     )
-    backbone_rate: float = Field(1.0, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
+    backbone_rate: float = Field(0.4, gt=0, le=1, description="the backbone's learning rate, as a part of the heads'")
     anchor_patches: float = Field(
         1.0, ge=0, description="weight of the distance from the start in how alike the patches of a picture are"
     )
     anchor_token: float = Field(1.0, ge=0, description="weight of the distance from the start in the pooled vector")
+    anchor_text: float = Field(
+        1.0, ge=0, description="weight of the distance from the start in how well words fit a picture (CLIP, SigLIP)"
+    )
     freeze_blocks: int = Field(0, ge=0, description="blocks, and all before them, that never move")
     lora: int | None = Field(
         None, ge=1, description="learn only what is added to each matrix of the backbone, of this rank (LoRA)"

@@ -70,6 +70,20 @@ def judge(before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[s
             "pictures": len(names), "groups": groups, "reason": reason}  # fmt: skip
 
 
+def held(verdict: dict[str, Any], before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """The verdict with what became of zero-shot, Bool[n] each: it is not passed where the start is shown to be better.
+
+    Shown as in `judge`, the two exchanged. A difference that chance may have made keeps nobody out.
+    """
+    lost = judge(after, before, names)
+    said = {"before": 100 * float(before.mean()), "after": 100 * float(after.mean()), "difference": -lost["difference"]}
+    found = verdict | {"zero_shot": said}
+    if lost["passed"] and verdict["passed"]:
+        found |= {"passed": False, "reason": f"{verdict['reason']}; but words fit worse than before: "
+                                             f"{said['difference']:+.2f} points of zero-shot"}  # fmt: skip
+    return found
+
+
 def unverified(before: dict[str, Any], after: dict[str, Any], verdict: str) -> dict[str, Any]:
     """The gate without labels: whether features are lost; that they are better, nobody knows.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saccade.data import Source
@@ -21,6 +21,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluate import knn, linear
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
+from saccade.text import Pairing
 
 MEMORY = 1 << 28
 """Bytes of pictures that are kept decoded, at most."""
@@ -39,7 +40,8 @@ def held_out(data: Labelled) -> Parts:
 class Live:
     """Labelled pictures to learn from, and others, of other groups, to examine; both from the train side.
 
-    `divide` says which. At most `rows` pictures, a fixed choice, are read, at the first measurement, and kept. Raises
+    `divide` says which. At most `rows` pictures, a fixed choice, are read, at the first measurement, and kept. With
+    `leave_out` k-NN examines them all, each by those of other groups: several times as many, for nothing. Raises
     `SaccadeError` for data without labels or with a train side that cannot be divided.
     """
 
@@ -50,6 +52,7 @@ class Live:
         preprocess: Preprocess,
         rows: int,
         divide: Callable[[Labelled], Parts] = held_out,
+        leave_out: bool = False,
     ):
         data = read_labelled(labelled, group_by, preprocess.canvas, preprocess.channels)
         learn, held = divide(data)
@@ -57,11 +60,11 @@ class Live:
         share = len(held) / (len(learn) + len(held))
         self._rows = [*_some(learn, round(rows * (1 - share))), *_some(held, round(rows * share))]
         self._held = set(held.tolist())
-        self._data, self._preprocess = data, preprocess
+        self._data, self._preprocess, self._leave_out = data, preprocess, leave_out
         self._pictures: list[Shaped[Tensor, "b c s s"]] = []
         self._read: list[int] = []
         self.examined = 0
-        """How many pictures the last measurement examined."""
+        """How many pictures the last measurement examined by k-NN."""
 
     @property
     def classes(self) -> int:
@@ -75,12 +78,14 @@ class Live:
                 self._read += found.rows
 
     def measure(self, encoder: Encoder) -> dict[str, float]:
-        """`knn` and `linear` in percent of the held-out pictures, on the vector that the family pools."""
+        """`knn` and `linear` in percent of the pictures examined, on the vector that the family pools."""
         vectors, labels, apart = self._look(encoder)
+        self.examined = len(apart) if self._leave_out else int(apart.sum())
         if not torch.isfinite(vectors).all():
             return {"knn": 0.0, "linear": 0.0}
         _, accuracy = linear.choose_penalty(vectors, labels, len(self._data.classes), apart)
-        return {"knn": 100 * self._right(vectors, labels, apart).double().mean().item(), "linear": accuracy}
+        right = self._among(vectors, labels) if self._leave_out else self._right(vectors, labels, apart)
+        return {"knn": 100 * right.double().mean().item(), "linear": accuracy}
 
     def right(self, encoder: Encoder) -> tuple[np.ndarray, list[str]]:
         """Which of the held-out pictures k-NN gets right, Bool[n], and the group (or key) of each."""
@@ -90,6 +95,15 @@ class Live:
             return np.zeros(len(names), dtype=bool), names
         return self._right(vectors, labels, apart).cpu().numpy(), names
 
+    def told(self, encoder: Encoder, words: Float[Tensor, "c d"], pairing: Pairing) -> np.ndarray:
+        """Of which of the held-out pictures the nearest class in words is the right one (zero-shot), Bool[n]."""
+        vectors, labels, apart = self._look(encoder)
+        held = torch.from_numpy(apart).to(vectors.device)
+        with torch.inference_mode():
+            fits = pairing.to(vectors.device).images(vectors[held]) @ words.to(vectors.device).mT
+        right: np.ndarray = (fits.argmax(1) == labels[held]).cpu().numpy()
+        return right
+
     def _look(self, encoder: Encoder) -> tuple[Tensor, Tensor, np.ndarray]:
         """Vectors and labels of all pictures, and which of them are held out."""
         if not self._pictures:
@@ -98,7 +112,6 @@ class Live:
         apart = np.array([row in self._held for row in self._read])
         if apart.all() or not apart.any() or len(labels[torch.from_numpy(~apart)].unique()) < 2:
             raise SaccadeError("too few labelled pictures could be read", path="--eval", code=1)
-        self.examined = int(apart.sum())
         with examining(encoder) as look:
             tokens: Tokens = "cls" if encoder.backbone.config.pooling == "cls" else "patches"
             vectors = torch.cat([encoder.embedding(look(part, tokens=tokens)).float() for part in self._pictures])
@@ -108,6 +121,12 @@ class Live:
         held = torch.from_numpy(apart).to(vectors.device)
         guess = knn.predict(vectors[~held], labels[~held], vectors[held], len(self._data.classes))
         return guess == labels[held]
+
+    def _among(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Which pictures those of other groups get right."""
+        _, groups = np.unique(self._data.names(np.array(self._read)), return_inverse=True)
+        own = torch.from_numpy(groups).to(vectors.device)
+        return knn.predict(vectors, labels, vectors, len(self._data.classes), groups=(own, own)) == labels
 
 
 def _some(rows: np.ndarray, count: int) -> list[int]:

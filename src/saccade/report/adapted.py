@@ -36,7 +36,10 @@ def way(run: Run) -> Section | None:
     drawn = [_score(run, before), _gap(gate)]
     if any(drawn):
         blocks.append(Charts([found for found in drawn if found is not None]))
-    blocks.append(Table("The start and the candidate", ["", "start", "candidate"], _rows(before, after), numbers=True))
+    rows = _rows(before, after)
+    if "zero_shot" in gate:
+        rows.append(["zero-shot, percent (gate)", *(f"{gate['zero_shot'][when]:.1f}" for when in ("before", "after"))])
+    blocks.append(Table("The start and the candidate", ["", "start", "candidate"], rows, numbers=True))
     if record.get("advice"):
         blocks.append(Prose([f"Advice before it began, by rules of thumb: {record['advice']['why']}."]))
     lede = (
