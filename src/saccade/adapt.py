@@ -89,6 +89,10 @@ def adapt(
     encoder = _start(arguments, settings.get("channels"))
     name = arguments.recipe or natural(encoder)
     page, config = recipe.configure(name, _gently(name, encoder, settings), also=AdaptArguments.model_fields)
+    if config.keeps_start():
+        raise SaccadeError(
+            f"{name} leaves the backbone as it is", path="--recipe", hint="that is saccade pretrain --init"
+        )
     for_the_loop = {field: getattr(arguments, field) for field in RunArguments.model_fields}
     whole = PretrainArguments(**for_the_loop, recipe=name, init=arguments.start)
     with distributed.ranks() as ranks, holding():

@@ -111,6 +111,20 @@ def whole(size: Int[Tensor, "b 2"]) -> Views:
     )
 
 
+WHOLE_BELOW = 192
+"""From this side up pictures are framed as the published families do it."""
+
+
+def resized_for(side: int) -> int:
+    """Short side from which a central square of `side` is cut.
+
+    From 192 pixels up: the 256 / 224 of the published families, which leaves out a margin of photographs. Below, the
+    whole short side: small pictures (cells, icons, CIFAR) are framed tightly, and enlarging them to cut the enlargement
+    off again loses their border.
+    """
+    return side if side < WHOLE_BELOW else round(side * 256 / 224)
+
+
 def centre_crop(size: Int[Tensor, "b 2"], side: int, resize: int) -> Views:
     """The short side resized to `resize` pixels, then the central square of `side`: evaluation's preprocessing.
 

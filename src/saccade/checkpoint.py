@@ -31,6 +31,11 @@ def find(backbone: str | Path) -> tuple[Path, list[Path]]:
         return place, _shards(place / SHARDS)
     if (place / CONFIG).is_file() and (place / BIN).is_file():
         return place, [place / BIN]
+    if (place / "backbone" / "text").is_dir():
+        raise SaccadeError(
+            f"{place} holds a text encoder, and none of pictures", path=place,
+            hint="saccade evaluate examines it; in Python: saccade.pairing.load(RUN/backbone/text)",
+        )  # fmt: skip
     if (place / "checkpoints").is_dir() or (place / "metrics.jsonl").is_file():
         raise SaccadeError(
             f"the run {place} has no backbone yet", path=place, hint="let it finish: the same command goes on"

@@ -395,11 +395,13 @@ def _scores(result: Mapping[str, Any]) -> str:
     rows = {"this backbone": result}
     rows |= {name: rivals[key] for name, key in _RIVALS.items() if key in rivals}
     counts = list(result.get("few_label", {}))
-    columns = [*(task for task in ("knn", "linear") if task in result), *counts]
+    columns = [*(task for task in ("knn", "linear", "masked") if task in result), *counts]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("percent right", no_wrap=True)
     for task in columns:
-        title = {"knn": "k-NN", "linear": "linear"}.get(task, f"{task} label{'s' * (task != '1')} a class")
+        title = {"knn": "k-NN", "linear": "linear", "masked": "hidden words"}.get(
+            task, f"{task} label{'s' * (task != '1')} a class"
+        )
         table.add_column(title, justify="right", no_wrap=True)
     for name, scores in rows.items():
         few = scores.get("few_label", {})
@@ -414,7 +416,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         console.print(table, highlight=False)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     rest = {name: value for name, value in result.items() if name not in _SHOWN_ABOVE}
-    rest["features"] = f"{result['pooled']['chosen']}, chosen by {result['pooled']['by']}"
+    if "pooled" in result:
+        rest["features"] = f"{result['pooled']['chosen']}, chosen by {result['pooled']['by']}"
     blind = [
         f"{name.replace('_', ' ')} {_short(rivals[name])}" for name in ("majority", "group_majority") if name in rivals
     ]
@@ -483,8 +486,10 @@ _RIVALS = {
     "raw pixels": "pixels",
     "the border's pixels": "border",
     "position": "position",
+    "how often words occur": "words",
+    "the commonest word": "unigram",
 }
-_SHOWN_ABOVE = ("knn", "linear", "few_label", "baselines", "differences", "pooled")
+_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled")
 
 
 def _score(found: Any) -> str:

@@ -253,6 +253,11 @@ def wrap(method: nn.Module, ranks: Ranks, sharding: str, units: tuple[type[nn.Mo
         )
 
 
+def sharded(method: nn.Module) -> bool:
+    """Whether ranks hold parts of a method's weights, so that all must use them together."""
+    return isinstance(method, FSDPModule)
+
+
 def unshard(wrapped: nn.Module) -> None:
     """Gathers the parameters that a sharded method holds itself, outside its units, to be read before its forward."""
     if isinstance(wrapped, FSDPModule):

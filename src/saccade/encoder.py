@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.augment import resized_for
 from saccade.backbone import FAMILIES, Backbone, family_of
 from saccade.decode import decode, pixels_of
 from saccade.errors import SaccadeError
@@ -23,8 +24,6 @@ from saccade.published import Prepared
 from saccade.sources.files import read
 from saccade.text import Pairing
 from saccade.vit import Features, ViT
-
-_WHOLE_BELOW = 192
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,8 @@ class Preprocess:
 
     @classmethod
     def at(cls, size: int, channels: int = 3) -> Preprocess:
-        """The convention for a native size.
-
-        From 192 pixels up: the 256 / 224 of the published families, which leaves out a margin of photographs. Below,
-        the whole short side: small pictures (cells, icons, CIFAR) are framed tightly, and enlarging them to cut the
-        enlargement off again loses their border.
-        """
-        return cls(size if size < _WHOLE_BELOW else round(size * 256 / 224), size, channels)
+        """The convention for a native size (`augment.resized_for`)."""
+        return cls(resized_for(size), size, channels)
 
     @classmethod
     def said(cls, record: Mapping[str, Any], size: int, channels: int = 3) -> Preprocess:

@@ -1,20 +1,22 @@
-"""A frozen network that students learn from: what it sees, what its heads answer, and what answers alike."""
+"""Frozen networks: one that students learn from, and one that a run leaves as it is, with a memory of what it saw."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saccade import heads
+from saccade import distributed, heads
 from saccade.errors import SaccadeError
 from saccade.norm import Standard
-from saccade.settings import MaskedDistillation, SelfDistillation
+from saccade.settings import MaskedDistillation, SelfDistillation, Training
 
 
 class Teacher(nn.Module):
@@ -110,3 +112,67 @@ class Teacher(nn.Module):
         """Metrics of one who tells no prototypes apart: ln K."""
         whole = math.log(len(self._scored()["cls"].last_layer.weight))
         return {"cls_loss": whole, "teacher_entropy": whole}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A backbone that a run begins with and leaves as it is, and what is known of it: hash, licence, …"""
+
+    network: Any
+    record: dict[str, Any]
+
+    def build_for(self, config: Training) -> Any:
+        """A copy."""
+        return copy.deepcopy(self.network)
+
+
+class Memory:
+    """What a frozen backbone said of pictures, by their keys, where they are the same at every visit.
+
+    Up to so many GB; what comes later is looked at each time. On a CPU every picture is looked at alone, so that its
+    vector does not depend on who shares the batch, and a run that goes on with an empty memory has the same numbers.
+    A backbone that is sharded needs all ranks at every look, and is not remembered. No checkpoint holds any of it.
+    """
+
+    def __init__(self, backbone: Any, gigabytes: float):
+        self.backbone, self.room = backbone, int(gigabytes * 1e9 / (4 * backbone.config.width))
+        self.rows: dict[int, int] = {}
+        self.table: Tensor | None = None
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def __call__(
+        self, images: Float[Tensor, "b c s s"], keys: Int[Tensor, " b"], method: nn.Module
+    ) -> Float[Tensor, "b d"]:
+        """The one vector of each picture; `method` holds the backbone."""
+        if not self.room or distributed.sharded(method):
+            return self.backbone.pooled(images)
+        names = keys.tolist()
+        new = {name: place for place, name in enumerate(names) if name not in self.rows}
+        seen = self._look(images[list(new.values())]) if new else images.new_empty(0, 1)
+        known = dict(zip(new, seen, strict=True))
+        vectors = [known[name] if name in known else self._recall(name) for name in names]
+        self._add(list(new), seen)
+        return torch.stack(vectors)
+
+    def _look(self, images: Float[Tensor, "n c s s"]) -> Float[Tensor, "n d"]:
+        if images.device.type != "cpu":
+            return self.backbone.pooled(images).float()
+        return torch.cat([self.backbone.pooled(image[None]).float() for image in images])
+
+    def _recall(self, name: int) -> Float[Tensor, " d"]:
+        assert self.table is not None
+        return self.table[self.rows[name]]
+
+    def _add(self, names: list[int], seen: Float[Tensor, "n d"]) -> None:
+        """Takes in as many as there is room for; the table doubles when it is full."""
+        count = len(self.rows)
+        names = names[: self.room - count]
+        if not names:
+            return
+        if self.table is None or len(self.table) < count + len(names):
+            wider = seen.new_empty(min(self.room, max(2 * count, count + len(names))), seen.shape[1])
+            wider[:count] = wider[:0] if self.table is None else self.table[:count]
+            self.table = wider
+        self.table[count : count + len(names)] = seen[: len(names)]
+        self.rows |= {name: count + place for place, name in enumerate(names)}

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade import hub, published, resize
-from saccade.backbone import Backbone
+from saccade import hub, published, resize, weights
+from saccade.backbone import FAMILIES, Backbone, family_of, known
 from saccade.checkpoint import config_of, find
 from saccade.encoder import Encoder
-from saccade.errors import say
+from saccade.errors import SaccadeError, say
+from saccade.frozen import Kept
 from saccade.hub import CONFIG
+from saccade.provenance import origins
+from saccade.recipe import Recipe, Training, configure
+from saccade.run import Run
+from saccade.settings import BACKBONE, PretrainArguments
 from saccade.tensors import read_tensors
 from saccade.vit import Attention, sincos
 from saccade.weights import differences, into, refuse_numbers
+
+
+def configured(recipe: str, settings: Mapping[str, Any], arguments: PretrainArguments) -> tuple[Recipe, Training]:
+    """The recipe and its config; one that keeps its start has it on its page, and its architecture and sizes.
+
+    A published name means the commit that the run began with. Raises `SaccadeError` where a start is missing.
+    """
+    page, config = configure(recipe, settings, also=PretrainArguments.model_fields)
+    if not config.keeps_start() or page.network is not None:
+        return page, config
+    began = Run(Path(arguments.out).expanduser()).record.get("initial", {})
+    path = began["path"] if "revision" in began else arguments.init
+    if path is None:
+        raise SaccadeError(
+            f"recipe {page.name} leaves a backbone as it is, and needs one", path="--init", hint=BACKBONE
+        )
+    encoder = weights.load(path, image_size=settings.get("image_size"), channels=settings.get("channels"))
+    if not known(encoder.backbone):
+        raise SaccadeError(
+            f"{path} runs as it is, for inference only", path="--init", hint="take the weights themselves"
+        )
+    facts = {"arch": encoder.record.get("arch") or family_of(encoder.backbone), "image_size": encoder.preprocess.crop}
+    facts["channels"] = encoder.backbone.config.channels
+    if settings.get("arch", facts["arch"]) != facts["arch"]:
+        raise SaccadeError(f"{path} is {facts['arch']}", path="--arch", hint="leave it out: --init says it")
+    sized = {**encoder.backbone.config.model_dump(mode="python"), "image_size": facts["image_size"]}
+    network = FAMILIES[family_of(encoder.backbone)].network(type(encoder.backbone.config)(**sized))
+    record = load_state(network, encoder) | {"derived_from": origins(encoder.record)}
+    return replace(page, network=Kept(network, record)), config.model_copy(update=facts)
+
 
 _NUMBERS = (
     "width", "depth", "hidden", "patch", "patch_time", "image_size", "frames", "channels",

@@ -14,7 +14,9 @@ from saccade import distributed, initial, resize, teachers, weights
 from saccade.data import Batch
 from saccade.distributed import Ranks
 from saccade.errors import SaccadeError
+from saccade.frozen import Kept
 from saccade.optim import AdamW, Group, default_groups
+from saccade.own import Own
 from saccade.provenance import origins
 from saccade.recipe import Coupled, Evened, Method, Recipe, Training
 from saccade.settings import PretrainArguments
@@ -28,17 +30,22 @@ def build(page: Recipe, config: Training, init: str | None) -> tuple[Method, dic
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if page.network is not None and init:
+        given = page.network
+        if isinstance(given, Own) and init:
             raise SaccadeError(
                 "a network of your own begins with the weights it has", path="--init", hint="leave it out"
             )
-        start = weights.load(init, channels=config.channels) if init else None
+        if config.pieces() is not None and init:
+            raise SaccadeError("a text tower begins afresh", path="--init", hint="leave it out")
+        start = weights.load(init, channels=config.channels) if init and given is None else None
         kept = (initial.switches(start) if start else {}) | dict(page.switches)
         switches = config.backbone() | kept
-        own = page.network and page.network.build_for(config)
-        backbone = own or backbones.build_for(config, switches)
-        record: dict[str, Any] = own.given() if own else {"weights": "random", "seed": config.seed}
-        if start:
+        fresh = given is None and config.pieces() is None  # texts have no use for one
+        backbone = given.build_for(config) if given else backbones.build_for(config, switches) if fresh else None
+        record: dict[str, Any] = {"weights": "random", "seed": config.seed}
+        if given:
+            record = given.record if isinstance(given, Kept) else backbone.given()
+        elif start:
             record = {**initial.load_state(backbone, start), "derived_from": origins(start.record)}
         method = page.method(config, backbone, dict(page.teachers))
         record |= initial.load_decoder(method.bare(), backbone, start) if start else {}

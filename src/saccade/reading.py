@@ -57,7 +57,8 @@ def fitted(config: Worded, tokenizer: Tokenizer) -> Worded:
     """The settings with a tokenizer's words."""
     begin = -1 if tokenizer.begin is None else tokenizer.begin
     special = (begin, tokenizer.end, tokenizer.pad)
-    return config.model_copy(update={"vocabulary": tokenizer.vocabulary, "special": special})
+    mask = -1 if tokenizer.mask is None else tokenizer.mask
+    return config.model_copy(update={"vocabulary": tokenizer.vocabulary, "special": special, "mask": mask})
 
 
 def tokenizer_for(source: Source, config: Worded) -> Tokenizer:
@@ -69,7 +70,8 @@ def tokenizer_for(source: Source, config: Worded) -> Tokenizer:
 
 def _begin(source: Source, config: Worded, run: Run) -> bool:
     tokenizer = tokenizer_for(source, config)
-    found = survey(source, tokenizer, config.length)
+    whole = config.pieces() is None  # a piece reads on until its tokens are full, and is cut on purpose
+    found = survey(source, tokenizer, config.length if whole else None)
     if not found["texts"]:
         raise SaccadeError(
             f"none of the {found['covered']} samples that were looked at has a text: {described(found)}",
@@ -94,7 +96,7 @@ def _texts(source: Source) -> Iterator[tuple[int, tuple[str, ...], list[str]]]:
         yield index, texts, faults
 
 
-def survey(source: Source, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+def survey(source: Source, tokenizer: Tokenizer, length: int | None) -> dict[str, Any]:
     """What the texts of a source are: how many, and how many have which fault, with the first samples of each.
 
     Faults: `missing`, `empty`, `over-long` (cut at `captions.LIMIT` characters), `cut` (more tokens than `length`),
@@ -115,7 +117,7 @@ def survey(source: Source, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
         covered += 1
         texts_seen += len(texts)
         with_texts += bool(texts)
-        faults = [*faults, *["cut"] * len(tokenizer.encode(texts, length).cut)]
+        faults = [*faults, *["cut"] * len(tokenizer.encode(texts, length).cut if length else ())]
         faults += ["duplicate" for text in texts if owners.setdefault(same_text(text), index) != index]
         for fault in faults:
             note(fault, source.key(index))

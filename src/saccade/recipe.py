@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from saccade import heads
 from saccade.data import Batch
 from saccade.errors import SaccadeError, nearest
+from saccade.frozen import Kept
 from saccade.optim import Group
 from saccade.own import Own
 from saccade.settings import (
@@ -39,6 +40,7 @@ from saccade.settings import (
     checked,
     flag,
 )  # fmt: skip
+from saccade.text import Reader
 from saccade.words import Words
 
 __all__ = [
@@ -52,7 +54,7 @@ class Method(nn.Module, ABC):
     """A training method: the loss is `forward`."""
 
     @abstractmethod
-    def __init__(self, config: Any, backbone: nn.Module, teachers: dict[str, nn.Module]) -> None:
+    def __init__(self, config: Any, backbone: nn.Module | None, teachers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.teachers = dict(teachers)  # in no module's place: neither trained, nor wrapped, nor in a checkpoint
 
@@ -70,8 +72,8 @@ class Method(nn.Module, ABC):
     def encoder(self) -> nn.Module:
         """What evaluation, fine-tuning, search and export see: images to `Features`."""
 
-    def words(self) -> Words | None:
-        """What is learned of texts, which comes out beside the encoder; None where nothing is."""
+    def words(self) -> Words | Reader | None:
+        """What is learned of texts, which comes out beside the encoder, or is it; None where nothing is."""
         return None
 
     def bare(self) -> Method:
@@ -227,7 +229,8 @@ class Recipe:
     """A page of `recipes/`, found by its file name.
 
     `switches` are fields of the backbone's config that stand before the recipe's own: where it goes on from another.
-    `teachers` are loaded ones, for all that is built of this run; `network` is the user's own, where one was given.
+    `teachers` are loaded ones, for all that is built of this run; `network` is the user's own, where one was given,
+    or what the run leaves as it is.
     """
 
     name: str
@@ -238,7 +241,7 @@ class Recipe:
     variants: dict[str, Callable[[], Training]]
     switches: Mapping[str, Any] = field(default_factory=dict)
     teachers: Mapping[str, nn.Module] = field(default_factory=dict)
-    network: Own | None = None
+    network: Own | Kept | None = None
 
     def configure(self, variant: str | None = None) -> Training:
         """The default settings, or a named variant's."""

@@ -70,6 +70,18 @@ class Training(Settings):
         """Whether samples are read with their texts; one that has none then counts as unreadable."""
         return False
 
+    def pieces(self) -> int | None:
+        """How long a sample is, in bytes, where samples are pieces of text files; None: they are pictures."""
+        return None
+
+    def read_as(self) -> dict[str, Any]:
+        """What `open_source` is told of the samples."""
+        return {"channels": self.channels, "texts": self.texts(), "pieces": self.pieces()}
+
+    def keeps_start(self) -> bool:
+        """Whether the backbone stays what it begins with: then one must be given, which says architecture and sizes."""
+        return False
+
     def canvas(self) -> int | None:
         """Short side in pixels to which a picture may be shrunk at decoding; None keeps every pixel."""
         return None
@@ -95,6 +107,7 @@ class Worded(Training):
     text_depth: int = Field(12, ge=1, description="blocks of the text tower")
     text_heads: int = Field(8, ge=1, description="attention heads of the text tower")
     special: tuple[int, int, int] = Field((1, 2, 0), description="tokens of begin, end and padding; the tokenizer's")
+    mask: int = Field(3, description="token of what is hidden; the tokenizer's, -1 where it has none")
 
     def texts(self) -> bool:
         """They do."""

@@ -20,7 +20,7 @@ from saccade.errors import SaccadeError
 from saccade.linear import Linear
 from saccade.settings import Settings
 from saccade.tokenizer import Encoded, Tokenizer
-from saccade.vit import Activation, Block, initialise
+from saccade.vit import Activation, Block, Features, initialise
 
 
 class TextFeatures(NamedTuple):
@@ -122,6 +122,35 @@ class TextEncoder(nn.Module):
 
     def _head(self, x: Float[Tensor, "b 1 w"]) -> Float[Tensor, "b d"]:
         return (x if self.head is None else self.head(x))[:, 0]
+
+
+class Reader(nn.Module):
+    """A text tower alone: tokens to `Features`, whose class token is the mean of the words, as `config` tells them."""
+
+    def __init__(self, tower: TextEncoder):
+        super().__init__()
+        self.tower, self.config = tower, tower.config
+
+    def forward(self, tokens: Int[Tensor, "b l"]) -> Features:
+        """The words are the patches, in one row."""
+        x = self.tower(tokens).tokens
+        special = torch.tensor([self.config.end, self.config.pad, self.config.begin or self.config.end])
+        word = ~torch.isin(tokens, special.to(tokens))[..., None]
+        place = torch.arange(x.shape[1], device=x.device)
+        positions = torch.stack([torch.zeros_like(place), place], 1).expand(len(x), -1, -1)
+        return Features((x * word).sum(1) / word.sum(1).clamp(min=1), x[:, :0], x, positions, (1, x.shape[1]))
+
+    def embedding(self, features: Features) -> Float[Tensor, "b d"]:
+        """The one vector of each text."""
+        assert features.cls is not None
+        return features.cls
+
+    def pairing(self, tokenizer: Tokenizer) -> Pairing:
+        """The same weights as they lie on disk, with no pictures to compare them to."""
+        with torch.device("meta"):
+            tower = TextEncoder(self.config)
+        tower.load_state_dict(self.tower.state_dict(), assign=True)
+        return Pairing(tower, tokenizer)
 
 
 class Pairing(nn.Module):

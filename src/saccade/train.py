@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade import distributed, reading, report, teachers
+from saccade import distributed, initial, reading, report, teachers
 from saccade.data import Batch, Delivery, MicroBatches, Quarantine, Source, fingerprint, loader
 from saccade.distributed import Ranks
 from saccade.draws import Draws, Order
@@ -20,7 +20,7 @@ from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.model import Model
 from saccade.progress import Progress, waited
-from saccade.recipe import Recipe, Training, configure
+from saccade.recipe import Recipe, Training
 from saccade.run import Run, environment, holding, stop_requests
 from saccade.settings import PretrainArguments, checked
 from saccade.sources import open_source
@@ -42,7 +42,7 @@ def pretrain(
     own = {name: settings.pop(name) for name in list(settings) if name in PretrainArguments.model_fields}
     names = tuple(part.__class__.__name__ if isinstance(part, Source) else str(part) for part in parts)
     arguments = checked(PretrainArguments, {**own, "data": names, "recipe": recipe, "out": str(out)}, owner="pretrain")
-    page, config = configure(recipe, settings, also=PretrainArguments.model_fields)
+    page, config = initial.configured(recipe, settings, arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with distributed.ranks() as ranks, holding():
@@ -63,7 +63,7 @@ class Pretraining:
         canvases = [stage.canvas() for _, stage in page.stages(config)]
         short = None if None in canvases else max(side for side in canvases if side is not None)
         with ranks.agreed():
-            as_read: dict[str, Any] = {"short_side": short, "channels": config.channels, "texts": config.texts()}
+            as_read = {"short_side": short, **config.read_as()}
             self.source = open_source(data, weights=arguments.weights, **as_read)
             MicroBatches(0, 0, config.batch, config.accumulate, ranks.rank, ranks.world)  # can it be divided?
         self.config = config.fitted(len(self.source))
@@ -270,17 +270,16 @@ class Pretraining:
     def _conclude(self, encoder: Encoder | None, tensors: dict[str, Tensor]) -> None:
         scores = None
         if not self.run.summary:
-            if encoder is not None:
-                scores = self._hand_over(encoder, tensors)
+            scores = self._hand_over(encoder, tensors)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
             shown = report.shown_by(self.model.page, self.model.config, self.source, tensors)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
 
-    def _hand_over(self, encoder: Encoder, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    def _hand_over(self, encoder: Encoder | None, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Writes what comes out; the scores on labelled pictures, if there are any."""
         self.watch.save(tensors)
-        return self.watch.examine(encoder)
+        return self.watch.examine(encoder) if encoder is not None else None
 
     def _summary(self, scores: dict[str, Any] | None) -> dict[str, Any]:
         logged = self.run.metrics()

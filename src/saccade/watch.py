@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from saccade import distributed, health, lora, reading, weights
+from saccade import distributed, health, lora, pairing, reading, weights
 from saccade.backbone import Backbone
 from saccade.data import Source
 from saccade.distributed import Ranks
@@ -27,6 +27,7 @@ from saccade.model import Model, build
 from saccade.recipe import Method, Training
 from saccade.run import Run, verify
 from saccade.settings import PretrainArguments
+from saccade.text import Pairing
 from saccade.tokenizer import Tokenizer
 from saccade.words import NAMES
 
@@ -86,6 +87,7 @@ class Watch:
             self.encoder = Encoder(network, self._record(config)).eval()
             self._add_words(method)
             self.ranks.from_first(self._open)
+        self._texts = None if self.encoder is not None else self._alone(method)
 
     def _add_words(self, method: Method) -> None:
         """What is learned of texts is a part of the encoder."""
@@ -93,6 +95,17 @@ class Watch:
         if words is not None and self.encoder is not None:
             self.encoder.text = words.pairing(Tokenizer.load(self.run.path / reading.FOLDER)).eval()
             self._names |= {f"text.{NAMES.get(inner, inner)}": name for inner, name in _held(method, words).items()}
+
+    def _alone(self, method: Method) -> tuple[Pairing, dict[str, str]] | None:
+        """What is learned of texts where there is no encoder of pictures, and the names it has in the method."""
+        words = method.words()
+        if words is None:
+            return None
+        if self.arguments.eval is not None:
+            raise SaccadeError(
+                "texts are examined when the run has ended", path="--eval", hint="saccade evaluate RUN LABELLED"
+            )
+        return words.pairing(Tokenizer.load(self.run.path / reading.FOLDER)).eval(), _held(method, words)
 
     def _record(self, config: Training) -> dict[str, Any]:
         known = self.run.record
@@ -199,14 +212,19 @@ class Watch:
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Writes `backbone/` at the end, and what else comes out as `backbones/NAME/`; `tensors` are the method's."""
-        assert self.encoder is not None
-        self.encoder.record["steps"] = self.steps
         folder, encoder = self.run.path / "backbone", self.encoder
+        if self._texts is not None:
+            texts, names = self._texts
+            texts.load_state_dict({inner: tensors[held] for inner, held in names.items()}, strict=False)
+            pairing.save(folder / pairing.FOLDER, texts)
+        if encoder is None:
+            return
+        encoder.record["steps"] = self.steps
         weights.save_backbone(folder, encoder.backbone, encoder.record, encoder.text)
         for name, (network, names) in self._more.items():
             network.load_state_dict({inner: tensors[held] for inner, held in names.items()})
             folder = self.run.path / "backbones" / name.replace("/", "-")
-            weights.save_backbone(folder, network, self.encoder.record | {"arch": name})
+            weights.save_backbone(folder, network, encoder.record | {"arch": name})
 
     def _recall(self) -> dict[str, Any] | None:
         """What the lines say of health and of the best checkpoint. A `best/` of another step is written anew."""

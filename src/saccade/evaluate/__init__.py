@@ -23,7 +23,7 @@ from saccade.data import Source
 from saccade.embed import device, encoder_of, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
-from saccade.evaluate import few_label, knn, linear, retrieval, segmentation, zero_shot
+from saccade.evaluate import few_label, knn, linear, retrieval, segmentation, texts, zero_shot
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
@@ -62,12 +62,16 @@ def evaluate(
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
     `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
     """
+    if out is not None and Path(out).exists():
+        raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
+    if (folder := texts.alone(backbone)) is not None:
+        wanted = texts.PROBES if tasks == TASKS else tasks
+        found = texts.evaluate(folder, labelled, wanted, seed)
+        return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
     _check_tasks(tasks, labels)
     if templates is not None and "zero-shot" not in tasks:
         raise SaccadeError("templates belong to the task zero-shot", path="--templates", hint="--tasks zero-shot")
     prompts = zero_shot.read_templates(templates)
-    if out is not None and Path(out).exists():
-        raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     there(labelled)
     started = time.perf_counter()
     encoder = encoder_of(backbone, image_size=image_size, channels=channels, patch=patch)

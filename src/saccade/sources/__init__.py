@@ -16,6 +16,7 @@ from saccade.sources.files import Beside, Files
 from saccade.sources.folder import scan
 from saccade.sources.mixture import Mixture
 from saccade.sources.shards import Shards, open_shards
+from saccade.sources.texts import open_texts
 
 __all__ = ["Files", "Mixture", "Shards", "open_source"]
 
@@ -30,6 +31,7 @@ def open_source(
     weights: Sequence[float] | None = None,
     group_by: str | None = None,
     texts: bool = False,
+    pieces: int | None = None,
 ) -> Source:
     """The samples of a folder, a list, tar shards (a tar, a folder of tars, a pattern), or several.
 
@@ -37,7 +39,8 @@ def open_source(
     `short_side` allows pictures to be shrunk at decoding as long as their short side keeps that many pixels; `channels`
     is 1 or 3; `weights` are the shares in which several sources are drawn (as many as they have samples, if None);
     `group_by` is a pattern whose first parenthesis finds a sample's group in its key; with `texts` every sample
-    is a picture and its captions, and one without is unreadable. Raises `SaccadeError`.
+    is a picture and its captions, and one without is unreadable; with `pieces` samples are pieces of text files (.txt,
+    .md, .rst), of so many bytes. Raises `SaccadeError`.
     """
     if group_by is not None:
         try:
@@ -50,7 +53,8 @@ def open_source(
     if not several:
         raise SaccadeError("no data is named", hint="name a folder, a list or tar shards")
     sources = [
-        item if isinstance(item, Source) else _open(item, short_side, channels, group_by, texts) for item in several
+        item if isinstance(item, Source) else _open(item, short_side, channels, group_by, texts, pieces)
+        for item in several
     ]
     if weights is not None:
         _check_weights(weights, len(sources))
@@ -74,7 +78,9 @@ def _names(sources: list[Source], several: Sequence[Data]) -> tuple[str, ...]:
     return tuple(name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names))
 
 
-def _open(data: str | Path, short_side: int | None, channels: int, group_by: str | None, texts: bool) -> Source:
+def _open(
+    data: str | Path, short_side: int | None, channels: int, group_by: str | None, texts: bool, pieces: int | None
+) -> Source:
     if channels not in (1, 3):
         raise SaccadeError(f"picture files give 1 or 3 channels, not {channels}", path="channels", hint="--channels 3")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(data)):
@@ -84,6 +90,8 @@ def _open(data: str | Path, short_side: int | None, channels: int, group_by: str
             hint="copy it to a local folder; reading it in place will be the extra saccade[cloud]",
         )
     path = Path(data).expanduser()
+    if pieces is not None and path.exists():
+        return open_texts(path, pieces, group_by)
     if path.is_dir():
         return _folder(path, short_side, channels, group_by, texts)
     suffix = path.suffix.lower()

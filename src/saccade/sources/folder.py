@@ -14,14 +14,16 @@ from saccade.sources.strings import Strings
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds: the relative paths of its pictures, sorted, and how many files of each other extension."""
+    """What a folder holds: the relative paths of its pictures or texts, sorted, and how many others there are."""
 
     keys: Strings
     others: Counter[str]
 
 
-def scan(root: Path) -> Listing:
-    """List the pictures below a folder. Hidden files are skipped, links followed unless they lead back up.
+def scan(root: Path, extensions: frozenset[str] = EXTENSIONS) -> Listing:
+    """List the pictures below a folder, or files of other extensions.
+
+    Hidden files are skipped, links followed unless they lead back up.
 
     Raises `SaccadeError` for a folder that may not be read.
     """
@@ -49,7 +51,7 @@ def scan(root: Path) -> Listing:
                         ahead.append((entry.path, f"{prefix}{name}/", above | {real}))
                     continue
                 extension = name.rpartition(".")[2].lower() if "." in name else ""
-                if extension in EXTENSIONS:
+                if extension in extensions:
                     keys.append(prefix + name)
                 else:
                     others[extension] += 1
