@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
@@ -46,10 +47,14 @@ def prepare(source: Source, config: Training, run: Run, ranks: Ranks) -> tuple[T
     """
     if not isinstance(config, Worded):
         return config, None
-    folder = run.path / FOLDER
     ranks.from_first(lambda: "texts" in run.record or _begin(source, config, run))
     with ranks.agreed():
-        tokenizer = Tokenizer.load(folder)
+        return reread(config, run.path)
+
+
+def reread(config: Worded, run: Path) -> tuple[Worded, Reading]:
+    """The settings with what the tokenizer in a run's folder says, and that tokenizer. Raises `SaccadeError`."""
+    tokenizer = Tokenizer.load(run / FOLDER)
     return fitted(config, tokenizer), Reading(tokenizer, config.length)
 
 

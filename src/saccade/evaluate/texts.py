@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from saccade.data import collate
 from saccade.distributed import Ranks
 from saccade.draws import Draws
 from saccade.errors import SaccadeError, Unreadable, nearest
-from saccade.evaluate import knn, linear
 from saccade.evaluate.baselines import difference, majority
+from saccade.evaluate.knn import predict
+from saccade.evaluate.linear import probe
 from saccade.evaluate.splits import set_apart
 from saccade.model import build
 from saccade.recipe import configure
 from saccade.run import Run, verify
+from saccade.settings import Worded
 from saccade.sources.texts import Texts, open_texts
 from saccade.text import Reader, TextEncoder
 
@@ -116,14 +118,14 @@ def _counts(tokens: Int[Tensor, "n l"], words: int) -> Float[Tensor, "n w"]:
 
 def _probed(folder: Path, parts: Parts, tasks: list[str], seed: int) -> dict[str, Any]:
     found, tokens = _tokens(folder, parts)
-    config = found.tower.config
+    shape = found.tower.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        readers = {"trained": Reader(found.tower), "untrained": Reader(TextEncoder(config).eval())}
+        readers = {"trained": Reader(found.tower), "untrained": Reader(TextEncoder(shape).eval())}
     vectors = {
         name: {part: _vectors(reader, some) for part, some in tokens.items()} for name, reader in readers.items()
     }
-    vectors["words"] = {part: _counts(some, config.vocabulary) for part, some in tokens.items()}
+    vectors["words"] = {part: _counts(some, shape.vocabulary) for part, some in tokens.items()}
     names = sorted(set(parts["train"][0]))
     train, test = (np.array([names.index(one) for one in parts[part][0]], dtype=np.int64) for part in ("train", "test"))
     keys = [parts["train"][2].key(row) for row in parts["train"][1]]
@@ -132,9 +134,9 @@ def _probed(folder: Path, parts: Parts, tasks: list[str], seed: int) -> dict[str
     for name, both in vectors.items():
         answers = {}
         if "knn" in tasks:
-            answers["knn"] = knn.predict(both["train"], labels, both["test"], len(names))
+            answers["knn"] = predict(both["train"], labels, both["test"], len(names))
         if "linear" in tasks:
-            answers["linear"] = linear.probe(both["train"], labels, both["test"], len(names), apart).predicted
+            answers["linear"] = probe(both["train"], labels, both["test"], len(names), apart).predicted
         right[name] = {task: answer.numpy() == test for task, answer in answers.items()}
     scores = {name: {task: _percent(hits) for task, hits in found.items()} for name, found in right.items()}
     differences = {}
@@ -159,18 +161,17 @@ def _masked(place: Path, parts: Parts, seed: int) -> dict[str, float]:
         raise SaccadeError(f"{place} has no checkpoint, where the words are guessed", path=place, hint="--tasks linear")
     verify(checkpoint)
     page, asked = configure(run.config["recipe"], run.config["settings"])
-    tokenizer = reading.Tokenizer.load(place / reading.FOLDER)
-    config: Any = reading.fitted(asked, tokenizer)  # type: ignore[arg-type]
+    config, tokenize = reading.reread(cast(Worded, asked), place)
     method: Any = build(page, config.model_copy(update={"seed": seed}), None)[0].eval()
-    tokenize = reading.Reading(tokenizer, config.length)
     rows, source = parts["test"][1:]
     views = []
     for start in range(0, len(rows), _ROWS):
         batch = collate([source[row] for row in rows[start : start + _ROWS]], tokenize=tokenize)
         views.append(page.views(config, batch, Draws(seed, 0, batch["key"], batch["seen"], batch["place"])))
     seen = tokenize([parts["train"][2][row].texts[0] for row in parts["train"][1]])
-    words = seen[~torch.isin(seen, torch.tensor(config.special))]
-    common = words.bincount(minlength=config.vocabulary).argmax()
+    known = tokenize.tokenizer
+    special = [word for word in (known.begin, known.end, known.pad) if word is not None]
+    common = seen[~torch.isin(seen, torch.tensor(special))].bincount().argmax()
 
     @torch.inference_mode()
     def accuracy(guess: Any) -> float:
