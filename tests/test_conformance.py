@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from toys import ALONE, RECIPES, SOURCES, small, source
+from toys import ALONE, RECIPES, SOURCES, WORDED, small, source
 from toys.sources import Toy
 
 import saccade.recipes
