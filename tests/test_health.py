@@ -87,6 +87,10 @@ FAULTS = {
          {"loss": 5.2, "gradient_norm": 8.0, "health": SEEN} for n in range(20)],
         PAIRED, "diverged", r"loss has stayed at 4.1400.* weights have grown 5.0 times: the learning rate is too high",
     ),
+    "rate that only weights show": (
+        [{**teacher(3.0, 2.0, 0.5), "health": {**SEEN, "weights": 100.0 if n == 19 else 10.0}} for n in range(20)],
+        TAUGHT, "diverged", "^the weights have grown 10.0 times: the learning rate is too high",
+    ),
     "blind": (
         [{"loss": 4.14, "gradient_norm": 0.01 if n else 8.0, "health": SEEN} for n in range(20)], PAIRED,
         "constant_features", "all samples are the same to it",

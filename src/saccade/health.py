@@ -129,7 +129,10 @@ class Monitor:
         while len(self._recent) > LINES and entry["step"] - self._recent[0]["step"] >= RECENT:
             self._recent.popleft()
         plain = self._broken() or self._alike()
-        found = plain or (self._trained() if entry["step"] > self.warmup else None) or Finding()
+        found = plain or (self._trained() if entry["step"] > self.warmup else None)
+        if found is None:
+            plain = found = self._outgrown()
+        found = found or Finding()
         settled, self._suspected = plain is not None or found.verdict == self._suspected, found.verdict
         changed = settled and found.verdict != self.finding.verdict
         if changed or found.verdict == self.finding.verdict:
@@ -167,14 +170,27 @@ class Monitor:
                 return Finding("constant_features", cause, "look in the data for black, empty or repeated files")
         return None
 
+    def _growth(self) -> tuple[float, float]:
+        """How many times the weights are what they were at first, and how far no good rate moves them so soon."""
+        grown = self._figures.get("weights", 0.0) / max(self._first.get("weights", 0.0), 1e-12)
+        return grown, 2 + 0.002 * self._figures["step"]
+
+    def _outgrown(self) -> Finding | None:
+        """The weights are twice as far as even an ill run may take them, whatever loss and features look like."""
+        grown, limit = self._growth()
+        if grown <= 2 * limit:
+            return None
+        cause = f"the weights have grown {grown:.1f} times: the learning rate is too high"
+        return Finding("diverged", cause, _SLOWER)
+
     def _trained(self) -> Finding | None:
         """What is judged once the learning rate has risen, the gravest first."""
         risen = self._risen()
         ill = self._constant() or self._one_answer() or self._uniform() or self._blind() or self._low_rank()
         if risen is not None or ill is None:
             return risen or self._starved()
-        grown = self._figures.get("weights", 0.0) / max(self._first.get("weights", 0.0), 1e-12)
-        if grown > 2 + 0.002 * self._figures["step"]:  # no good rate moves weights so far in so few steps
+        grown, limit = self._growth()
+        if grown > limit:
             return Finding("diverged", f"{ill.cause}, and the weights have grown {grown:.1f} times: the learning rate "
                            "is too high", _SLOWER)  # fmt: skip
         return ill
