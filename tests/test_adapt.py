@@ -431,6 +431,23 @@ def test_heads_are_warm_when_their_loss_settles(losses: list[float], ends: bool,
     assert method.still is not ends, "a checkpoint keeps it"
 
 
+def test_two_steps_settle_nothing(starts: dict[str, Path]) -> None:
+    """In a short run a window is eight steps all the same."""
+    page, config = recipe.configure("mae", {**tiny("mae"), "warmup": 0.1})
+    asked = AdaptArguments(data=("x",), start="x", out="x", warm=0.9)
+    arguments = PretrainArguments(data=("x",), out="x", recipe="mae", init=str(starts["mae"]))
+    page = anchored(page, asked, load(starts["mae"]))
+    method = Model(page, config, arguments, Ranks(0, 1, torch.device("cpu"))).method
+    assert isinstance(method, Anchored)
+    stood = []
+    for step in range(30):  # fifty in all: two in a window of 4 %
+        method.groups(step / 50)
+        method._loss.append(torch.tensor(1.0))
+        method.after_step(torch.tensor(step / 50))
+        stood.append(method.still)
+    assert 5 + 2 * 8 - 1 <= stood.index(False) <= 5 + 2 * 8 + 1
+
+
 def test_hints_tell_features_that_are_lost(starts: dict[str, Path]) -> None:
     encoder = load(starts["dino"])
     pictures = torch.stack([Pictures(16)[place].pixels[0, :, :32, :32] for place in range(16)])
