@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import tiny
+from toys import knobs, tiny
 from toys.sources import Pictures
 
 from saccade import (
@@ -62,11 +62,6 @@ def nano() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.SIZES, "nano", {"width": 48, "depth": 3, "heads": 3, "hidden": 96})
         yield
-
-
-def knobs(case: str) -> dict[str, Any]:
-    """Of the recipe, without what follows from the start."""
-    return {name: value for name, value in tiny(case).items() if name not in ("arch", "image_size", "steps", "lr")}
 
 
 @pytest.fixture(scope="module")

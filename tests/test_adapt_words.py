@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_published_text import _model, _saved
+from test_published_clip import _saved
+from test_published_text import _model
 from test_tokenizer import _clip_files
 from toys.sources import Pictures
 

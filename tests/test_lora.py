@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toys import tiny
+from toys import knobs, tiny
 from toys.sources import Pictures
 
 from saccade import adapt, backbone, cli, distributed, load, lora, recipe, vit, weights
@@ -41,9 +41,8 @@ def nano() -> Iterator[None]:
 
 def gentle(case: str) -> dict[str, Any]:
     """Of a short run whose backbone moves for most of it, and far."""
-    own = {name: value for name, value in tiny(case).items() if name not in ("arch", "image_size", "steps", "lr")}
     more = {"steps": 4, "warm": 0.25, "backbone_rate": 1.0, "anchor_patches": 0.0, "anchor_token": 0.0}
-    return {**own, **QUIET, **more}
+    return {**knobs(case), **QUIET, **more}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_published_clip import MEAN_STD, NUMBERS, _images, _redrawn
+from test_published_clip import MEAN_STD, NUMBERS, _apart, _images, _redrawn, _saved
 from test_tokenizer import _clip_files
 from torch import Tensor
 
@@ -87,16 +87,6 @@ def _ours(encoder: Any, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         "images": encoder.pair(images),
         "tokens": encoder.text.tower(tokens).tokens,
     }
-
-
-def _apart(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    assert some.keys() == others.keys()
-    return max((some[name] - others[name]).abs().max().item() for name in some)
-
-
-def _saved(network: Any, folder: Path) -> Path:
-    network.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_published_text import _images, _model, _saved, _theirs
+from test_published_clip import _images, _saved
+from test_published_text import _model, _theirs
 from test_tokenizer import _clip_files
 from toys.planted import COLOURS, plain, planted
 

@@ -104,6 +104,11 @@ def tiny(case: str) -> dict[str, Any]:
     return {**settings, "arch": settings["arch"].replace("vit-ti", "vit-nano")}
 
 
+def knobs(case: str) -> dict[str, Any]:
+    """Of the recipe, without what follows from the backbone that a run goes on from."""
+    return {name: value for name, value in tiny(case).items() if name not in ("arch", "image_size", "steps", "lr")}
+
+
 def start(arch: str) -> str:
     """A backbone of this architecture, untrained, for recipes that leave one as it is; likewise made once."""
     if "SACCADE_TOY_START" not in os.environ:

@@ -43,20 +43,20 @@ OFFICIAL = Naming(
     ignored=("proj$",),
 )
 
+BLOCK = {
+    "norm1": "layer_norm1",
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+"""transformers' names in a block of CLIP's and SigLIP's towers, of pictures and of texts."""
+
 TOWER: tuple[Rule, ...] = (
     ("pos_embed", "embeddings.position_embedding.weight", BATCH),
     ("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
-    *pairs(
-        {
-            "norm1": "layer_norm1",
-            "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "attn.proj": "self_attn.out_proj",
-            "norm2": "layer_norm2",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-        },
-        ("blocks.{n}.", "encoder.layers.{n}."),
-    ),
+    *pairs(BLOCK, ("blocks.{n}.", "encoder.layers.{n}.")),
 )
 """What the image towers of CLIP and SigLIP share in transformers."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saccade.published import BATCH, TRANSPOSED, Naming, Rule, Way, pairs
+from saccade.published.clip import BLOCK
 from saccade.published.siglip import layers
 
 
@@ -32,21 +33,13 @@ class Texts:
 _ONE = Way(lambda theirs: [theirs[0].reshape(())], lambda ours: [ours[0].reshape(1)])
 """A number, which they keep as a list of one."""
 
-_HF_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 _CLIP_BLOCK = {"norm1": "ln_1", "attn.proj": "attn.out_proj", "norm2": "ln_2", "mlp.fc1": "mlp.c_fc"}
 _CLIP_BLOCK |= {"mlp.fc2": "mlp.c_proj"}
 
 _TRANSFORMERS: tuple[Rule, ...] = (
     ("tower.token_embed.weight", "text_model.embeddings.token_embedding.weight"),
     ("tower.pos_embed", "text_model.embeddings.position_embedding.weight", BATCH),
-    *pairs(_HF_BLOCK, ("tower.blocks.{n}.", "text_model.encoder.layers.{n}.")),
+    *pairs(BLOCK, ("tower.blocks.{n}.", "text_model.encoder.layers.{n}.")),
     *pairs({"tower.norm": "text_model.final_layer_norm"}),
 )
 _IMAGES = ("vision_model\\.", "text_model\\.embeddings\\.position_ids$")
