@@ -237,11 +237,11 @@ def main() -> None:
     print(f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
     for name in asked.packs:
         found: dict[str, list[dict[str, Any]]] = {}
-        for cause in asked.causes.split(","):
-            for trial in range(asked.first, asked.first + asked.trials):
+        for trial in range(asked.first, asked.first + asked.trials):
+            for cause in asked.causes.split(","):
                 made = one_trial(name, cause, trial, asked)
                 found.setdefault(cause, []).append(made)
-                print(f"  {name} {cause} {trial}: {', '.join(made['named']) or 'nothing'} ({made['seconds']:.0f} s)")
+                print(f"  {name} {cause} {trial}: {', '.join(made['named']) or 'nothing'} ({made['seconds']:.0f} s)", flush=True)
         tell(name, found)
 
 

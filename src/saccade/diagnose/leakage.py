@@ -7,20 +7,26 @@ picture when its coarse light is taken off is as good as independent between dif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Complex, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.diagnose.evidence import Finding, Side, flat, nearest, resampled
 
-CANDIDATES = 5
-ZOOMS = (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.13)
+CANDIDATES = 3  # by features, and as many by coarse pixels
+COARSE = (0.92, 1.0, 1.08)
+PROMISING = 0.6  # with these zooms; only then are all of them tried
+ZOOMS = (0.86, 0.89, 0.92, 0.95, 0.975, 1.0, 1.025, 1.05, 1.08, 1.12, 1.16)
+BAND = 0.15  # of a cycle a pixel: finer detail does not survive JPEG and resampling
 SHARE = 0.01
 """Fewer leaks than this cannot move accuracy by more than a point: they are listed, and nothing is named."""
-DETAIL = 0.6
-"""Correlation of detail from which two pictures are one."""
+DETAIL = 0.87
+"""Correlation of detail from which two pictures are one. Copies (cropped by 3 to 8 %, JPEG again) reach it in 99 of 100
+cases on leaves and CIFAR-10, in 70 on cells of 50 pixels; nearest neighbours that are no copies in 0 to 1 of 100."""
 
 
 def pairs(test: Side, train: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,24 +60,43 @@ def detail(pixels: Shaped[Tensor, "n c s s"]) -> Float[Tensor, "n s s"]:
 
 def _fit(ours: Shaped[Tensor, "n c s s"], theirs: Shaped[Tensor, "n c s s"]) -> Float[Tensor, " n"]:
     """The highest correlation of detail over small shifts and zooms of each pair."""
-    return torch.cat([_fitted(a, b) for a, b in zip(ours.split(256), theirs.split(256), strict=True)])
+    found = torch.cat([_fitted(a, b, COARSE) for a, b in zip(ours.split(256), theirs.split(256), strict=True)])
+    worth = torch.nonzero(found > PROMISING)[:, 0]
+    for rows in worth.split(256) if len(worth) else ():
+        found[rows] = _fitted(ours[rows], theirs[rows], ZOOMS)
+    return found
 
 
-def _fitted(ours: Shaped[Tensor, "n c s s"], theirs: Shaped[Tensor, "n c s s"]) -> Float[Tensor, " n"]:
+def _fitted(
+    ours: Shaped[Tensor, "n c s s"], theirs: Shaped[Tensor, "n c s s"], zooms: Sequence[float]
+) -> Float[Tensor, " n"]:
     side = ours.shape[-1]
-    reach = max(1, round(0.12 * side))
-    fixed = detail(ours)
-    spectrum = torch.fft.rfft2(fixed)
-    norm = fixed.flatten(1).norm(dim=1)
+    shifts = torch.arange(-_reach(side), _reach(side) + 1) % side
+    fixed = _evened(detail(ours))
     best = torch.full((len(ours),), -1.0)
     values = theirs.float() / 255 if theirs.dtype == torch.uint8 else theirs.float()
-    for zoom in ZOOMS:
-        moved = detail(_zoomed(values, zoom))
-        surface = torch.fft.irfft2(spectrum * torch.fft.rfft2(moved).conj(), s=(side, side))
-        shifts = torch.arange(-reach, reach + 1) % side
+    for zoom in zooms:
+        moved = _evened(detail(_zoomed(values, zoom)))
+        surface = torch.fft.irfft2(fixed * moved.conj(), s=(side, side))
         window = surface[:, shifts][:, :, shifts].flatten(1).amax(1)
-        best = torch.maximum(best, window / (norm * moved.flatten(1).norm(dim=1)).clamp_min(1e-8))
+        best = torch.maximum(best, window / (_length(fixed, side) * _length(moved, side)).clamp_min(1e-12))
     return best
+
+
+def _reach(side: int) -> int:
+    return max(1, round(0.12 * side))
+
+
+def _evened(pictures: Float[Tensor, "n s s"]) -> Complex[Tensor, "n s f"]:
+    """Spectra halfway to phase alone: outlines, which many pictures share, weigh less beside what only one has."""
+    spectrum = torch.fft.rfft2(pictures)
+    side = pictures.shape[-1]
+    squares = torch.fft.fftfreq(side)[:, None] ** 2 + torch.fft.rfftfreq(side) ** 2
+    return spectrum / (spectrum.abs() + 1e-6).sqrt() * torch.exp(-squares / (2 * BAND**2))
+
+
+def _length(spectrum: Complex[Tensor, "n s f"], side: int) -> Float[Tensor, " n"]:
+    return torch.fft.irfft2(spectrum, s=(side, side)).flatten(1).norm(dim=1)
 
 
 def _zoomed(pictures: Float[Tensor, "n c s s"], zoom: float) -> Float[Tensor, "n c s s"]:
