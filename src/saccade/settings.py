@@ -347,6 +347,26 @@ class EvaluateArguments(Settings):
     out: str | None = Field(None, description="JSON file to write the result to")
 
 
+class FinetuneArguments(Settings):
+    """Learn a task from labelled pictures: a head on frozen features, or backbone and head together."""
+
+    backbone: Word = Field(description=BACKBONE)
+    data: Word = Field(description="labelled pictures: folders train/CLASS/... and test/CLASS/..., or a list")
+    task: str = Field("classification", description="what is to be learned; its own settings: --task NAME --help")
+    mode: Literal["frozen", "lora", "full"] = Field(
+        "frozen", description="frozen: a head on features computed once; lora: and thin additions; full: all moves"
+    )
+    out: str = Field(description="run directory; the same command on it goes on where it stopped")
+    group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    from_scratch: bool = Field(False, description="the same architecture with fresh weights, to compare with")
+    cache: str | None = Field(None, description="folder in which features are kept for the next run on these pictures")
+    seed: int = Field(0, ge=0, description="every random number follows from it")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
