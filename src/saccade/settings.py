@@ -347,6 +347,15 @@ class EvaluateArguments(Settings):
     out: str | None = Field(None, description="JSON file to write the result to")
 
 
+class Looking(Settings):
+    """Random views of labelled pictures: what a head's augmented copies and a moving backbone see."""
+
+    views: int = Field(0, ge=0, description="frozen: augmented copies of each picture that are learned from too")
+    min_scale: float = Field(0.4, gt=0, le=1, description="smallest crop of a view, as a part of the picture's area")
+    flip: float = Field(0.5, ge=0, le=1, description="how often a view is mirrored; 0 where that is another thing")
+    colour: float = Field(0.0, ge=0, description="strength of the colour jitter")
+
+
 class FinetuneArguments(Settings):
     """Learn a task from labelled pictures: a head on frozen features, or backbone and head together."""
 

@@ -16,7 +16,12 @@ and where the backbone may move too (`--mode lora` and `full`; a page without `l
     def score(outputs, targets, settings)             -> dict: of the held-out part; the first number chooses, high wins
     def views(config, batch, draws, targets)          -> Batch with `images` and `targets`; random crops if absent
 
-and, if it likes, `def sections(told, examples, result, fitted) -> list[Section]` for the report.
+and, if it likes,
+
+    def sections(told, examples, result) -> list[Section]   for the report
+    def known(source, facts) -> (targets, unknown)    what `predict` finds of labels in DATA: None where there is none,
+                                                      and how often each class came that was never learned
+    def scores(told, facts) -> dict                   of what was told of pictures with a target, for `predict`
 """
 
 from __future__ import annotations
@@ -100,7 +105,7 @@ class Picture:
 class Head(nn.Module, ABC):
     """What stands on a backbone. Built again as `Head(**config)`; its state is saved as safetensors beside it."""
 
-    tokens: ClassVar[Tokens] = "all"
+    tokens: Tokens = "all"
     """Which features it reads: `cls`, `patches` or `all`."""
     whole: ClassVar[bool] = False
     """Pictures are decoded as they lie on disk, not shrunk to twice what the encoder's own crop needs."""
@@ -124,14 +129,22 @@ class Head(nn.Module, ABC):
         images = [look.encoder.preprocess(picture) for picture in pixels]
         if len({image.dtype for image in images}) > 1:
             images = [image if image.is_floating_point() else image.float() / 255 for image in images]
-        return list(self(look(torch.stack(images), tokens=self.tokens)))
+        return list(self(presented(look.encoder, look(torch.stack(images), tokens=self.tokens))))
 
     @abstractmethod
     def told(self, outputs: Sequence[Tensor], pictures: Sequence[Picture], folder: Path | None) -> list[dict[str, Any]]:
         """One JSON object a picture for predictions.jsonl, beside its key and group; files go into `folder`.
 
-        Where a picture has a target, it is told too, and whatever `measure` needs of both (counts of a mask).
+        Where a picture has a target, it is told too. Keys that begin with `_` are for `measure` alone and are not
+        written: logits, counts of a mask.
         """
+
+
+def presented(encoder: Encoder, features: Features) -> Features:
+    """Features as heads read them: where a family pools in a way of its own, that vector is the class token."""
+    if encoder.backbone.config.pooling in ("cls", "mean"):
+        return features
+    return features._replace(cls=encoder.embedding(features))
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ class Task:
     page: ModuleType
 
     def part(self, name: str) -> Callable[..., Any] | None:
-        """What a page may have: `loss`, `stack`, `score`, `views`, `sections`."""
+        """What a page may have: `loss`, `stack`, `score`, `views`, `sections`, `known`, `scores`."""
         found: Callable[..., Any] | None = vars(self.page).get(name)
         return found
 

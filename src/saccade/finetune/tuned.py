@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade import weights
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
-from saccade.finetune.task import Head, Task, find
+from saccade.finetune.task import Head, Task, find, presented
 from saccade.run import write_json
 from saccade.settings import json_object
 from saccade.tensors import hash_of, read_tensors
@@ -56,7 +56,8 @@ class Tuned:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Answers of pictures [B C H W] in [0, 1] or uint8, as the encoder's `preprocess` makes them."""
-        return self.head.answer(self.head(self.encoder(images, tokens=self.head.tokens)))
+        features = presented(self.encoder, self.encoder(images, tokens=self.head.tokens))
+        return self.head.answer(self.head(features))
 
 
 def _prepared(preprocess: Preprocess) -> dict[str, Any]:
