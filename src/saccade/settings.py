@@ -356,6 +356,46 @@ class Looking(Settings):
     colour: float = Field(0.0, ge=0, description="strength of the colour jitter")
 
 
+class TuningSettings(Training):
+    """How a backbone moves together with its head."""
+
+    arch: str = Field("", description="set by the backbone")
+    image_size: int = Field(224, ge=1, description="set by the backbone")
+    channels: int = Field(3, ge=1, description="set by the backbone")
+    epochs: float | None = Field(15, gt=0, description="length in passes over the pictures that are learned from")
+    batch: int = Field(64, ge=1, description="samples an optimizer step, over all ranks and accumulation together")
+    lr: float = Field(4e-4, gt=0, description="learning rate at batch 256; scaled linearly with the batch")
+    warmup: float = Field(0.1, ge=0, le=1, description="part of training in which the learning rate rises from 0")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    layer_decay: float = Field(
+        0.75, gt=0, le=1, description="learning rate falls by this factor a layer, from the last"
+    )
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    rank: int = Field(8, ge=1, description="lora: rank of what is added to each matrix")
+    head_rate: float = Field(1.0, gt=0, description="the head's learning rate, as a part of the last layer's")
+    head_start: bool = Field(True, description="begin with the head that was fitted to frozen features; else afresh")
+    mixup: float = Field(0.0, ge=0, description="pictures are mixed in parts drawn from Beta(mixup, mixup); 0: never")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="what a mean of the weights keeps a step; it comes out; 0: none"
+    )
+    patience: int = Field(5, ge=1, description="evaluations without a better one after which training ends")
+    save_every: str = Field(
+        "10m", pattern=r"^\d+(\.\d+)?m$|^[1-9]\d*$", coerce_numbers_to_str=True,
+        description="between checkpoints: minutes (10m) or steps (500)",
+    )  # fmt: skip
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )
+
+    @staticmethod
+    def usual(mode: str, from_scratch: bool) -> dict[str, Any]:
+        """What a mode wants otherwise where nothing is said: fresh weights have further to go."""
+        if from_scratch:
+            return {"epochs": 60.0, "lr": 2e-3, "layer_decay": 1.0, "mixup": 0.2, "patience": 20, "head_start": False}
+        return {"layer_decay": 1.0} if mode == "lora" else {}
+
+
 class FinetuneArguments(Settings):
     """Learn a task from labelled pictures: a head on frozen features, or backbone and head together."""
 
@@ -372,6 +412,16 @@ class FinetuneArguments(Settings):
     from_scratch: bool = Field(False, description="the same architecture with fresh weights, to compare with")
     cache: str | None = Field(None, description="folder in which features are kept for the next run on these pictures")
     seed: int = Field(0, ge=0, description="every random number follows from it")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
+class PredictArguments(Settings):
+    """Let a model of saccade finetune answer for pictures; with labels, also score it."""
+
+    run: Word = Field(description="run directory of saccade finetune")
+    data: Word = Field(description="pictures: a folder, a list, tar shards; labelled or not")
+    out: str | None = Field(None, description="new folder for predictions.jsonl and what a task makes of each picture")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
 

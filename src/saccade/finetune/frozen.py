@@ -187,7 +187,7 @@ def _look(
 
 
 def _poolings(look: Look, images: Tensor) -> dict[str, Float[Tensor, "b d"]]:
-    features = presented(look.encoder, look(images))
+    features = presented(look.encoder.backbone, look(images))
     kinds = (["cls"] if features.cls is not None else []) + (["mean"] if features.patches.shape[1] else [])
     return {kind: pooled(features, kind).float().cpu() for kind in kinds}
 

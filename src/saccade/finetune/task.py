@@ -12,9 +12,9 @@ A page has, by these names (pages import `saccade.finetune.task`, never `saccade
 and where the backbone may move too (`--mode lora` and `full`; a page without `loss` refuses them, `FROZEN` says why):
 
     def loss(outputs, targets, settings, facts)       -> Tensor: the mean loss of a batch
-    def stack(targets)                                -> Tensor: the targets of a batch, from `Examples.targets`
+    def stack(targets, facts)                         -> Tensor: the targets of a batch, from `Examples.targets`
     def score(outputs, targets, settings)             -> dict: of the held-out part; the first number chooses, high wins
-    def views(config, batch, draws, targets)          -> Batch with `images` and `targets`; random crops if absent
+    def views(settings, config, batch, draws, targets) -> Batch with `images` and `targets`; random crops if absent
 
 and, if it likes,
 
@@ -22,6 +22,9 @@ and, if it likes,
     def known(source, facts) -> (targets, unknown)    what `predict` finds of labels in DATA: None where there is none,
                                                       and how often each class came that was never learned
     def scores(told, facts) -> dict                   of what was told of pictures with a target, for `predict`
+    def again(head, seen, rows) -> (rows, outputs)    frozen mode: outputs of rows of which `seen` holds enough
+    def fresh(encoder, examples) -> Fitted            a head that has learned nothing, for weights that have not either
+    def calibrate(head, outputs, targets, settings) -> dict    after tuning, by the held-out part: a temperature
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from saccade.embed import Look, Tokens
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
 from saccade.settings import FinetuneArguments, Settings
-from saccade.vit import Features
+from saccade.vit import Features, ViT
 
 
 class TaskSettings(Settings):
@@ -100,6 +103,7 @@ class Picture:
     size: tuple[int, int]
     target: Any = None
     group: str | None = None
+    pixels: Shaped[Tensor, "c h w"] | None = None
 
 
 class Head(nn.Module, ABC):
@@ -112,8 +116,13 @@ class Head(nn.Module, ABC):
     answers: ClassVar[tuple[str, ...]] = ("outputs",)
     """What leaves the model, by name: the outputs of its ONNX file."""
 
+    def features(self, backbone: Any, images: Shaped[Tensor, "b c h w"]) -> Any:
+        """What `forward` reads of pictures: features, or what else a `whole` head wants of a backbone."""
+        plain = backbone(images, tokens=self.tokens) if isinstance(backbone, ViT) else backbone(images)
+        return presented(backbone, plain)
+
     @abstractmethod
-    def forward(self, features: Features, size: tuple[int, int] | None = None) -> Shaped[Tensor, "b ..."]:
+    def forward(self, features: Any, size: tuple[int, int] | None = None) -> Shaped[Tensor, "b ..."]:
         """Outputs, one row a picture: what `loss` reads. `size`: height and width of a map, where it makes one."""
 
     @abstractmethod
@@ -129,7 +138,7 @@ class Head(nn.Module, ABC):
         images = [look.encoder.preprocess(picture) for picture in pixels]
         if len({image.dtype for image in images}) > 1:
             images = [image if image.is_floating_point() else image.float() / 255 for image in images]
-        return list(self(presented(look.encoder, look(torch.stack(images), tokens=self.tokens))))
+        return list(self(presented(look.encoder.backbone, look(torch.stack(images), tokens=self.tokens))))
 
     @abstractmethod
     def told(self, outputs: Sequence[Tensor], pictures: Sequence[Picture], folder: Path | None) -> list[dict[str, Any]]:
@@ -140,11 +149,11 @@ class Head(nn.Module, ABC):
         """
 
 
-def presented(encoder: Encoder, features: Features) -> Features:
+def presented(backbone: Any, features: Features) -> Features:
     """Features as heads read them: where a family pools in a way of its own, that vector is the class token."""
-    if encoder.backbone.config.pooling in ("cls", "mean"):
+    if backbone.config.pooling in ("cls", "mean"):
         return features
-    return features._replace(cls=encoder.embedding(features))
+    return features._replace(cls=backbone.embedding(features))
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,8 @@ class Task:
     page: ModuleType
 
     def part(self, name: str) -> Callable[..., Any] | None:
-        """What a page may have: `loss`, `stack`, `score`, `views`, `sections`, `known`, `scores`."""
+        """What a page may have: `loss`, `stack`, `score`, `views`, `sections`, `known`, `scores`, `again`, `fresh`,
+        `calibrate`."""
         found: Callable[..., Any] | None = vars(self.page).get(name)
         return found
 

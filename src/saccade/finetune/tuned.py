@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade import weights
 from saccade.encoder import Encoder, Preprocess
 from saccade.errors import SaccadeError
-from saccade.finetune.task import Head, Task, find, presented
+from saccade.finetune.task import Head, Task, find
 from saccade.run import write_json
 from saccade.settings import json_object
 from saccade.tensors import hash_of, read_tensors
@@ -36,7 +36,7 @@ class Tuned:
 
     def save(self, path: str | Path) -> None:
         """Writes `backbone/` and `head/` into a run directory: what `load` reads; what was there is replaced."""
-        record = {**self.encoder.record, "preprocess": _prepared(self.encoder.preprocess)}
+        record = {**self.encoder.record, "preprocess": prepared(self.encoder.preprocess)}
         weights.save_backbone(Path(path) / "backbone", self.encoder.backbone, record, self.encoder.text)
         self.save_head(path)
 
@@ -56,11 +56,10 @@ class Tuned:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Answers of pictures [B C H W] in [0, 1] or uint8, as the encoder's `preprocess` makes them."""
-        features = presented(self.encoder, self.encoder(images, tokens=self.head.tokens))
-        return self.head.answer(self.head(features))
+        return self.head.answer(self.head(self.head.features(self.encoder.backbone, images)))
 
 
-def _prepared(preprocess: Preprocess) -> dict[str, Any]:
+def prepared(preprocess: Preprocess) -> dict[str, Any]:
     """As a record says how a family prepares pictures."""
     return {name: value for name, value in dataclasses.asdict(preprocess).items() if name != "channels"}
 
