@@ -6,9 +6,10 @@
 Each pack's pictures are read once and turned into features once: as they are, with four shifts (colour, blur, noise,
 another camera), and as leaks look (cropped a little, JPEG again), by the backbone and by two untrained networks. A
 trial divides the pictures at random, 70 to 30, groups never split, plants one cause, trains a head (a linear probe
-whose penalty is chosen on train) and asks for a diagnosis. Causes: none; labels (20 % of all labels drawn anew among
-the other classes); shift (one of the four, test alone); leak (15 % of test are copies of pictures of train); head (nearest
-class mean, a probe with a penalty 1,000 times too strong, or one gradient step, in turn); backbone (an untrained network of another seed).
+whose penalty is chosen on train) and asks for a diagnosis. Causes: none; labels (20 % of all labels are drawn anew
+among the other classes); shift (one of the four, test alone); leak (15 % of test are copies of pictures of train); head
+(nearest class mean, a probe whose penalty is 1,000 times too strong, or one gradient step, in turn); backbone (an
+untrained network of another seed). `--out` keeps features and answers; `--first 100` makes other trials of them.
 Stopped, the same command goes on.
 """
 
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from saccade.diagnose.culprits import told_apart
 from saccade.diagnose.evidence import Side
+from saccade.diagnose.seeing import SIDE
 from saccade.embed import examining, pooled, read_pictures
 from saccade.encoder import Encoder, untrained
 from saccade.evaluate import linear
@@ -102,6 +104,7 @@ def cached(name: str, asked: argparse.Namespace) -> dict[str, Any]:
     good: list[int] = []
     noise, random = torch.Generator().manual_seed(0), np.random.default_rng(1)
     with examining(encoder) as look:
+
         def seen(images: Tensor, by: Encoder = encoder) -> Tensor:
             features = look(images, encoder=by)
             return pooled(features, "mean" if features.cls is None else "cls").float().clone()
@@ -114,7 +117,8 @@ def cached(name: str, asked: argparse.Namespace) -> dict[str, Any]:
             guises |= {kind: shifted(images, kind, noise) for kind in SHIFTS}
             for guise, pictures in guises.items():
                 parts.setdefault(f"features/{guise}", []).append(seen(pictures))
-                parts.setdefault(f"pixels/{guise}", []).append(torch.stack([small(one, 48) for one in pictures]).clamp(0, 1).half())
+                copies = torch.stack([small(one, SIDE) for one in pictures]).clamp(0, 1)
+                parts.setdefault(f"pixels/{guise}", []).append(copies.half())
             for which, network in fresh.items():
                 parts.setdefault(f"{which}/", []).append(seen(images, network))
             parts.setdefault("untrained/leak", []).append(seen(guises["leak"], fresh["untrained"]))
@@ -234,14 +238,19 @@ def main() -> None:
         name, place, backbone, *group = said.split("=")
         asked.packs[name] = (place, backbone, group[0] if group else None)
     asked.out.mkdir(parents=True, exist_ok=True)
-    print(f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    )
     for name in asked.packs:
         found: dict[str, list[dict[str, Any]]] = {}
         for trial in range(asked.first, asked.first + asked.trials):
             for cause in asked.causes.split(","):
                 made = one_trial(name, cause, trial, asked)
                 found.setdefault(cause, []).append(made)
-                print(f"  {name} {cause} {trial}: {', '.join(made['named']) or 'nothing'} ({made['seconds']:.0f} s)", flush=True)
+                print(
+                    f"  {name} {cause} {trial}: {', '.join(made['named']) or 'nothing'} ({made['seconds']:.0f} s)",
+                    flush=True,
+                )
         tell(name, found)
 
 

@@ -74,7 +74,9 @@ LAYERS = {
         ],
         3,
     ),
-    **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
+    **dict.fromkeys(
+        ["train", "adapt", "evaluate", "finetune", "diagnose", "embed", "search", "explore", "report", "export"], 4
+    ),
     "tour": 4,
     "watch": 4,
     "card": 4,

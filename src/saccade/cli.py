@@ -32,6 +32,7 @@ from saccade.errors import SaccadeError, nearest
 from saccade.settings import (
     LENGTHS,
     AdaptArguments,
+    DiagnoseArguments,
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
@@ -122,6 +123,12 @@ def _predict(values: Values) -> Mapping[str, Any]:
     return predict(values.pop("run"), values.pop("data"), **values)
 
 
+def _diagnose(values: Values) -> Mapping[str, Any]:
+    from saccade.diagnose import diagnose
+
+    return diagnose(values.pop("run"), **values)
+
+
 def _tour(values: Values) -> Mapping[str, Any]:
     from saccade.tour import tour
 
@@ -135,6 +142,7 @@ VERBS = {
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
     "finetune": Verb(FinetuneArguments, ("backbone", "data"), _finetune, lambda result: _tuned(result)),
     "predict": Verb(PredictArguments, ("run", "data"), _predict, lambda result: _predicted(result)),
+    "diagnose": Verb(DiagnoseArguments, ("run",), _diagnose, lambda result: _diagnosed(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
@@ -440,6 +448,16 @@ def _predicted(result: Mapping[str, Any]) -> str:
     left = ("classes", "confusion", "worst")
     scores = {name: value for name, value in result.get("scores", {}).items() if name not in left}
     return "\n".join(_lines({**result, "scores": scores}))
+
+
+def _diagnosed(result: Mapping[str, Any]) -> str:
+    """The verdict, and a line a culprit; the pictures stand in the report."""
+    lines = [result["verdict"], ""]
+    for name, found in result["findings"].items():
+        lines.append(f"{'->' if found['found'] else '  '} {name}: {found['reason']}")
+        lines += [f"      {found['advice']}"] if found["found"] else []
+    kept = ("run", "data", "right", "train", "test", "warnings", "quarantined", "seconds", "report")
+    return "\n".join([*lines, "", *_lines({name: result[name] for name in kept})])
 
 
 def _scores(result: Mapping[str, Any]) -> str:

@@ -426,6 +426,15 @@ class PredictArguments(Settings):
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
 
 
+class DiagnoseArguments(Settings):
+    """Say why a classifier of saccade finetune disappoints: labels, leaks, a shifted test set, backbone or head."""
+
+    run: Word = Field(description="run directory of saccade finetune, task classification")
+    data: str | None = Field(None, description="where the pictures are now, if not where the run found them")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 

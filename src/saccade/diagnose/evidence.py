@@ -31,7 +31,8 @@ class Side:
 
     `features`: what the head reads; `start`: those of the backbone before it was tuned, the same where it was frozen;
     `untrained`: of the same network with fresh weights, where there is one; `pixels`: small copies; `names`: the group
-    of each, or its key; `guesses`: the class that the head gives it.
+    of each, or its key; `guesses`: the class that the head gives it;
+    `keys`: what each is called, where that is known.
     """
 
     features: Float[Tensor, "n d"]
@@ -41,6 +42,7 @@ class Side:
     labels: np.ndarray
     names: Sequence[str]
     guesses: np.ndarray
+    keys: Sequence[str] = ()
 
     def chosen(self, rows: np.ndarray) -> Side:
         """Some of the rows."""
@@ -53,6 +55,7 @@ class Side:
             self.labels[rows],
             [self.names[row] for row in rows.tolist()],
             self.guesses[rows],
+            [self.keys[row] for row in rows.tolist()] if self.keys else (),
         )
 
     @property
@@ -104,7 +107,7 @@ def folds(names: Sequence[str], count: int = FOLDS) -> np.ndarray:
 def out_of_fold(
     features: Float[Tensor, "n d"], labels: np.ndarray, names: Sequence[str], classes: int
 ) -> Float[Tensor, "n c"]:
-    """Probabilities that a linear probe gives each row, learned from rows of other names; its penalty is chosen once."""
+    """Probabilities of each row by a linear probe of rows of other names; its penalty is chosen once."""
     targets = torch.from_numpy(labels)
     penalty, _ = linear.choose_penalty(features, targets, classes, set_apart(names, SHARE, "hold-out"))
     fold = folds(names)
@@ -146,9 +149,7 @@ def votes(places: Tensor, cosines: Tensor, labels: np.ndarray, classes: int) -> 
     return ballot / valid.sum(1, keepdim=True).clamp_min(1)
 
 
-def resampled(
-    values: np.ndarray, names: Sequence[str], level: float = 0.05, draws: int = 2000
-) -> tuple[float, float]:
+def resampled(values: np.ndarray, names: Sequence[str], level: float = 0.05, draws: int = 2000) -> tuple[float, float]:
     """An interval of the mean of `values`, by a bootstrap over whole names (percentiles)."""
     numbers = {name: place for place, name in enumerate(dict.fromkeys(names))}
     member = [numbers[name] for name in names]

@@ -52,7 +52,7 @@ def examine(train: Side, test: Side, own: np.ndarray, classes: Sequence[str], sh
     rows = np.array([row for row in wrong.tolist() if better[row]], dtype=np.int64)[:24]
     reason = (
         f"{kind} on the same features names {verdict['difference']:+.1f} points more of test rightly than the head "
-        f"(95 %: {low:+.1f} to {high:+.1f}); of the head's errors {told:.0%} lie among train pictures of their own class"
+        f"(95 %: {low:+.1f} to {high:+.1f}); {told:.0%} of the head's errors lie among pictures of their own class"
         if found
         else f"{kind} on the same features gains {verdict['difference']:+.1f} points (95 %: {low:+.1f} to {high:+.1f})"
     )

@@ -29,7 +29,7 @@ still would at the sure end of the trend (95 %): hard classes alone give one or 
 def opinion(train: Side, classes: int) -> Float[Tensor, "n c"]:
     """What others say of each picture of train: the mean of a linear probe and of its neighbours, of other names."""
     probed = out_of_fold(train.start, train.labels, train.names, classes)
-    cosines, places = nearest(train.start, train.start, 2 * NEIGHBOURS, (train.names, train.names))
+    _, places = nearest(train.start, train.start, 2 * NEIGHBOURS, (train.names, train.names))
     return (probed + votes(places, cosines, train.labels, classes)) / 2
 
 
@@ -44,7 +44,7 @@ def examine(train: Side, said: Float[Tensor, "n c"], classes: Sequence[str]) -> 
     share, draws = at_the_end(wrong[:trend], names[:trend])
     interval = (max(0.0, float(np.quantile(draws, 0.025))), float(np.quantile(draws, 0.975)))
     suspects, joint = confident(said, train.labels)
-    cosines, places = nearest(train.start, train.start, 3, (train.names, train.names))
+    _, places = nearest(train.start, train.start, 3, (train.names, train.names))
     rows = suspects[:24]
     frequent = Counter((int(train.labels[row]), int(guess[row])) for row in suspects.tolist()).most_common(5)
     told = ", ".join(f"{classes[given]} for {classes[better]} ({count})" for (given, better), count in frequent[:3])

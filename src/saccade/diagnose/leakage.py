@@ -37,9 +37,7 @@ def pairs(test: Side, train: Side) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     by_features = nearest(test.start, train.start, CANDIDATES)[1]
     by_pixels = nearest(_centred(flat(test.pixels)), _centred(flat(train.pixels)), CANDIDATES)[1]
     places = torch.cat([by_features, by_pixels], 1)
-    scores = torch.stack(
-        [_fit(test.pixels, train.pixels[column]) for column in places.unbind(1)], dim=1
-    )
+    scores = torch.stack([_fit(test.pixels, train.pixels[column]) for column in places.unbind(1)], dim=1)
     best = scores.max(1)
     chosen = places.gather(1, best.indices[:, None])[:, 0]
     return chosen.numpy(), best.values.numpy(), (best.values >= DETAIL).numpy()

@@ -20,16 +20,13 @@ DRAWS = 499
 CHANCE = 0.01
 OUTSIDE = 0.05
 """By definition so many of train's own pictures lie farther from the others than the limit."""
-EXCESS = 0.05
-"""Named where test has more pictures beyond that limit than this, on top of train's own: the limits of its interval
-count."""
 MOST = 4000  # rows of each side: the kernel is a square
 
 
 def examine(train: Side, test: Side) -> Finding:
     """Whether the pictures of test are others than those of train, as the untuned backbone sees them."""
     chance = discrepancy(train, test)
-    own, places = nearest(train.start, train.start, 5, (train.names, train.names))
+    own, _ = nearest(train.start, train.start, 5, (train.names, train.names))
     theirs, beside = nearest(test.start, train.start, 5)
     limit = float(np.quantile(1 - own.mean(1).numpy(), 1 - OUTSIDE))
     far = 1 - theirs.mean(1).numpy()
