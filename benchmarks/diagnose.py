@@ -158,7 +158,7 @@ def planted(found: dict[str, Any], cause: str, trial: int) -> Planted:
     train, examined = side(learn), side(ask, SHIFTS[trial % len(SHIFTS)] if cause == "shift" else "")
     if cause == "leak":
         copies = random.permutation(learn)[: round(0.15 * len(ask))]
-        examined = together(side(ask[len(copies) :]), side(copies, "leak"))
+        examined = together(side(random.permutation(ask)[len(copies) :]), side(copies, "leak"))
     return Planted(train, examined)
 
 

@@ -75,7 +75,20 @@ LAYERS = {
         3,
     ),
     **dict.fromkeys(
-        ["train", "adapt", "evaluate", "finetune", "diagnose", "embed", "search", "explore", "report", "export"], 4
+        [
+            "train",
+            "adapt",
+            "evaluate",
+            "finetune",
+            "diagnose",
+            "compare",
+            "embed",
+            "search",
+            "explore",
+            "report",
+            "export",
+        ],
+        4,
     ),
     "tour": 4,
     "watch": 4,

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.diagnose.evidence import Finding, Side, flat, nearest, out_of_fold, resampled, votes
+from saccade.diagnose.evidence import Finding, Side, flat, nearest, out_of_fold, votes
 from saccade.evaluate import linear
+from saccade.evaluate.baselines import resampled
 from saccade.evaluate.gate import judge
 from saccade.evaluate.labelled import SHARE
 from saccade.evaluate.splits import set_apart

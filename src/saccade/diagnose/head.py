@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from saccade.diagnose.evidence import Finding, Side, nearest, resampled, votes
+from saccade.diagnose.evidence import Finding, Side, nearest, votes
 from saccade.evaluate import knn, linear
+from saccade.evaluate.baselines import resampled
 from saccade.evaluate.gate import judge
 from saccade.evaluate.labelled import SHARE
 from saccade.evaluate.splits import set_apart

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.diagnose.evidence import NEIGHBOURS, Finding, Side, nearest, out_of_fold, resampled, votes
+from saccade.diagnose.evidence import NEIGHBOURS, Finding, Side, nearest, out_of_fold, votes
+from saccade.evaluate.baselines import resampled
 
 SUREST = 0.2
 """Part of the pictures, the surest, on which errors are counted; `SLOPE`: on which their trend is taken."""

@@ -15,7 +15,8 @@ from jaxtyping import Complex, Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.diagnose.evidence import Finding, Side, flat, nearest, resampled
+from saccade.diagnose.evidence import Finding, Side, flat, nearest
+from saccade.evaluate.baselines import resampled
 
 CANDIDATES = 3  # by features, and as many by coarse pixels
 COARSE = (0.92, 1.0, 1.08)
