@@ -16,7 +16,6 @@ from PIL import Image
 
 import saccade
 from saccade import backbone, cli, finetune, load, predict, vit, weights
-from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import linear
 from saccade.finetune import calibration, classes, configured, folds, task, tuned
@@ -209,7 +208,7 @@ def test_pictures_without_labels_broken_and_of_other_sizes(frozen_run: Path, tmp
     assert [one["key"] for one in lines(tmp_path / "said" / "quarantine.jsonl")] == ["torn.png"]
     (place / "wide.png").unlink()
     (place / "grey.png").unlink()
-    with pytest.raises(SaccadeError, match="none of 1 pictures can be read; the first: torn.png"):
+    with pytest.raises(SaccadeError, match="none of 1 pictures can be read"):
         predict(frozen_run, place)
 
 
@@ -460,3 +459,26 @@ def test_settings_of_modes() -> None:
     assert own.views == 2 and way is not None and way.steps == 7 and way.epochs is None and way.layer_decay == 1
     assert isinstance(own, Looking)
     assert task.names() == sorted(task.names()) and "classification" in task.names()
+
+
+# the whole model elsewhere
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_the_whole_model_in_onnxruntime(kind: str, frozen_run: Path, folders: Path, tmp_path: Path) -> None:
+    run = frozen_run
+    if kind == "resnet":
+        torch.manual_seed(0)
+        network = backbone.build("resnet-18/8", image_size=SIDE)
+        weights.save_backbone(tmp_path / "start", network.eval(), {"arch": "resnet-18/8", "recipe": None})
+        run = finetune(tmp_path / "start", folders, out=tmp_path / "run").path
+    result = saccade.export(run, to="onnx", out=tmp_path / "out")
+    assert result["checked"]["max_abs_difference"] < 1e-4 and result["outputs"] == ["probabilities"]
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    images = torch.rand(5, 3, SIDE, SIDE)
+    (found,) = session.run(None, {"images": images.numpy()})
+    assert np.allclose(found, tuned.load(run)(images)[0], atol=1e-5) and np.allclose(found.sum(1), 1, atol=1e-5)
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert facts["facts"]["classes"] == ["a", "b", "c"] and facts["preprocess"]["crop"] == SIDE
