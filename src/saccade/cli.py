@@ -259,7 +259,9 @@ def _read_task(name: str, typed: list[str]) -> Values:
     given = from_file(path) if path else {}
     task = _after(typed, "--task") or given.get("task")
     fields = {**own, "config": _CONFIG, **_free(TuningSettings.model_fields)}
-    defaults = {**_defaults(FinetuneArguments), **_defaults(TuningSettings), **given}
+    mode = _after(typed, "--mode") or given.get("mode") or own["mode"].default
+    fresh = "--from-scratch" in typed or bool(given.get("from_scratch"))
+    defaults = _defaults(TuningSettings) | TuningSettings.usual(str(mode), fresh) | _defaults(FinetuneArguments) | given
     if task is None and {"-h", "--help"} & set(typed):
         _parse(name, FinetuneArguments, typed, fields, defaults)
 

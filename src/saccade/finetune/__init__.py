@@ -6,6 +6,7 @@ must be beaten, and a report. Nothing is chosen on test: a part of train is held
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from saccade.finetune.task import Examples, Fitted, Task
 from saccade.finetune.tuned import Tuned
 from saccade.provenance import origins
 from saccade.run import Run, environment, holding, memory_gb
-from saccade.settings import FinetuneArguments, TuningSettings, checked, flag
+from saccade.settings import LENGTHS, FinetuneArguments, TuningSettings, checked, flag
 
 __all__ = ["finetune", "predict"]
 
@@ -60,9 +61,7 @@ def finetune(
     examples = page.read(data, encoder, asked, own)
     seen = page.see(encoder, examples, own, asked)
     spent: dict[str, Any] = {"features": round(time.perf_counter() - began, 2)}
-    fresh = page.part("fresh")
-    fitted = fresh(encoder, examples) if fresh is not None and way is not None and not way.head_start else (
-        page.fit(seen, examples, own))  # fmt: skip
+    fitted = _begun(page, encoder, seen, examples, own, way)
     model = Tuned(encoder, fitted.head.to(encoder.device), page, examples.facts)
     spent["head"] = fitted.chosen.get("seconds")
     initial = _initial(encoder, asked)
@@ -77,6 +76,17 @@ def finetune(
             run.note(data=fingerprint(examples.source), sessions=[environment()], initial=initial)
         _conclude(run, model, fitted, seen, examples, own, asked, spent, began)
     return run
+
+
+def _begun(page: Task, encoder: Encoder, seen: Any, examples: Examples, own: Any, way: TuningSettings | None) -> Fitted:
+    """The head on frozen features, of all of train; where a backbone then moves, without what is held out to judge."""
+    if way is None:
+        return page.fit(seen, examples, own)
+    fresh = page.part("fresh")
+    if fresh is not None and not way.head_start:
+        begun: Fitted = fresh(encoder, examples)
+        return begun
+    return page.fit(seen, dataclasses.replace(examples, held=examples.held[:0]), own)
 
 
 def configured(
@@ -117,7 +127,10 @@ def configured(
         return asked, page, own, None
     if page.frozen_only is not None:
         raise SaccadeError(f"{task} cannot move a backbone: {page.frozen_only}", path="--mode", hint="--mode frozen")
-    way = checked(TuningSettings, {**TuningSettings.usual(mode, asked.from_scratch), **moving}, owner="finetune")
+    usual = TuningSettings.usual(mode, asked.from_scratch)
+    if any(moving.get(length) is not None for length in LENGTHS):
+        usual |= dict.fromkeys(LENGTHS)
+    way = checked(TuningSettings, {**usual, **moving}, owner="finetune")
     return asked, page, own, way
 
 

@@ -33,13 +33,20 @@ def temperature(logits: Float[Tensor, "n k"], targets: Int[Tensor, " n"] | Float
     """What logits are divided by so that their cross-entropy is least.  arXiv 1706.04599, section 4.2
 
     The cross-entropy is convex in 1 / temperature, so a golden-section search over its logarithm ends at the one
-    least value, or at the edge of [0.02, 50].
+    least value, or at the edge of [0.02, 50]. One imagined picture more is of every class alike (as in Platt's
+    scaling): N pictures that are all told apart do not make one sure beyond 1 in N.
     """
-    logits, ratio = logits.double(), 0.6180339887498949
+    logits, ratio, n, count = logits.double(), 0.6180339887498949, len(logits), logits.shape[1]
+    several = targets.ndim == 2
+    hard = targets.double() if several else F.one_hot(targets, count).double()
+    soft = (n * hard + (0.5 if several else 1 / count)) / (n + 1)
     low, high = (torch.tensor(edge, dtype=torch.float64).log() for edge in (_COLDEST, _HOTTEST))
 
     def loss(place: Tensor) -> float:
-        return float(cross_entropy(logits / place.exp(), targets))
+        scaled = logits / place.exp()
+        if several:
+            return float(F.binary_cross_entropy_with_logits(scaled, soft))
+        return float(F.cross_entropy(scaled, soft))
 
     first, second = high - ratio * (high - low), low + ratio * (high - low)
     left, right = loss(first), loss(second)

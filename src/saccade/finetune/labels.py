@@ -79,8 +79,11 @@ def examples(
     group_by: str | None = None,
     count: int | None = None,
     seed: int = 0,
+    strangers: bool = False,
 ) -> Examples:
     """Rows by their parts, targets as numbers of classes; `count` labels a class are learned from, all if None.
+
+    `strangers`: what tells pictures apart need not have learned of their classes, so those of test alone are kept.
 
     A class that train has not is unknown: its test pictures are set aside and named. So is a path that comes again.
     Raises `SaccadeError` where there is nothing to tell apart.
@@ -90,7 +93,7 @@ def examples(
     source = found.source
     labels = given(source, separator)
     warnings, aside = list(found.warnings), list[Aside]()
-    taken = _once(found.keys, labels.names, aside)
+    taken = once(found.keys, labels.names, aside)
     train, test = (np.array([row for row in part.tolist() if taken[row]], dtype=np.int64) for part in
                    (found.train, found.test))  # fmt: skip
     _left_out(found.keys, labels.names, {*found.train.tolist(), *found.test.tolist()}, aside)
@@ -100,6 +103,8 @@ def examples(
     if len(classes) < (1 if labels.several else 2):
         raise SaccadeError(f"train has only the class {classes[0]!r}" if classes else "train has no classes",
                            path=str(data), hint="two classes or more can be told apart")  # fmt: skip
+    if strangers:
+        classes = sorted({*classes, *(name for row in test.tolist() for name in labels.names[row] or ())})
     test = _known(test, labels, classes, found.keys, aside, warnings)
     number = {name: place for place, name in enumerate(classes)}
     targets = [target(names, number, labels.several) for names in labels.names]
@@ -121,8 +126,8 @@ def examples(
     )
 
 
-def _once(keys: Sequence[str], names: Sequence[Names | None], aside: list[Aside]) -> list[bool]:
-    """Which rows are the first of their path."""
+def once(keys: Sequence[str], names: Sequence[Any], aside: list[Aside]) -> list[bool]:
+    """Which rows are the first of their path; the others are set aside."""
     first: dict[str, int] = {}
     taken = []
     for row, key in enumerate(keys):

@@ -199,9 +199,9 @@ class Task:
 
 def names() -> list[str]:
     """Every task there is."""
-    import saccade.finetune.tasks
+    from saccade.finetune import tasks
 
-    return sorted(module.name for module in pkgutil.iter_modules(saccade.finetune.tasks.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(tasks.__path__))
 
 
 def find(name: str) -> Task:

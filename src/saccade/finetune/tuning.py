@@ -32,7 +32,7 @@ from saccade.frozen import Kept
 from saccade.norm import BatchNorm
 from saccade.optim import Group
 from saccade.recipe import Method, Recipe, Training
-from saccade.run import Run, stop_requests
+from saccade.run import Run, holding, stop_requests
 from saccade.settings import FinetuneArguments, Looking, PretrainArguments, TuningSettings
 from saccade.train import Pretraining
 from saccade.watch import Watch
@@ -296,7 +296,7 @@ def tune(
         "arch": str(start.encoder.record.get("arch") or ""), "image_size": start.encoder.preprocess.crop,
         "channels": start.encoder.backbone.config.channels, "seed": asked.seed,
     })  # fmt: skip
-    with distributed.ranks() as ranks, stop_requests() as requests:
+    with distributed.ranks() as ranks, holding(), stop_requests() as requests:
         run = Tuning(asked, whole, start, examples, settings, said, record, ranks)
         run.train(requests)
         found = run.finish()

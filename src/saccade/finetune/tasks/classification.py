@@ -314,7 +314,7 @@ def _calibrated(logits: Tensor, targets: Tensor, temperature: float, several: bo
 def loss(
     outputs: Float[Tensor, "b k"], targets: Tensor, settings: Settings, facts: Mapping[str, Any]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy; `targets` are numbers of classes, or their shares [B K] where pictures are mixed or have several."""
+    """Cross-entropy; `targets` are numbers of classes, or shares [B K] of mixed pictures and of several labels."""
     if facts["several"]:
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
     weights = None
