@@ -124,8 +124,8 @@ def _loaded(
     """Each by its name. Raises `SaccadeError` that names every one that is there twice or does not load."""
     names = [f"encoder {n}" if isinstance(one, Encoder) else str(one) for n, one in enumerate(backbones, 1)]
     same = [one if isinstance(one, Encoder) else str(Path(one).expanduser().resolve()) for one in backbones]
-    for place, one in enumerate(same):
-        if any(one is other or (isinstance(one, str) and one == other) for other in same[:place]):
+    for place, this in enumerate(same):
+        if any(this is other or (isinstance(this, str) and this == other) for other in same[:place]):
             raise SaccadeError(f"{names[place]} is named twice", path=names[place], hint="name each backbone once")
     found, failed = dict[str, Encoder](), list[SaccadeError]()
     for name, one in zip(names, backbones, strict=True):
@@ -143,7 +143,7 @@ def _loaded(
 
 def _fresh(encoders: dict[str, Encoder], seed: int) -> dict[str, Encoder]:
     """An untrained network of each architecture."""
-    found, seen = dict[str, Encoder](), list[tuple[Any, Any]]()
+    found, seen = dict[str, Encoder](), list[tuple[Any, ...]]()
     for name, encoder in encoders.items():
         if not known(encoder.backbone):
             continue
@@ -324,6 +324,7 @@ def _sentence(found: dict[str, Any] | None) -> str:
         margin = f"{few['gain']:+.1f} ± {few['two_standard_errors']:.1f} points over {few['against']}"
         told = f"with {few['labels']} label{'s' * (few['labels'] != 1)} a class {margin}"
     if "task" not in found:
+        assert few is not None
         worth = {"better": "Yes", "worse": "No", "no difference": "Not shown"}[few["verdict"]]
         return f"{worth}: {found['backbone']} gains {told}."
     low, high = found["interval"]
@@ -331,8 +332,8 @@ def _sentence(found: dict[str, Any] | None) -> str:
              "not shown": "Not shown that pretraining was worth it here"}[found["worth"]]  # fmt: skip
     said = (
         f"{start}: {found['backbone']} names {found['right']:.1f} percent of test rightly ({_TITLES[found['task']]}, "
-        f"all labels), {found['gain']:+.1f} points (95 %: {low:+.1f} to {high:+.1f}) against {found['against']}, the best "
-        "without it"
+        f"all labels), {found['gain']:+.1f} points (95 %: {low:+.1f} to {high:+.1f}) against {found['against']}, "
+        "the best without it"
     )
     return f"{said}; {told}." if few is not None else f"{said}."
 
@@ -349,7 +350,7 @@ def section(result: dict[str, Any]) -> Section:
         rows.append([row["name"], row["kind"], *cells])
     titles = ["", "", *(_TITLES[task] for task in tasks), *(f"{count} a class" for count in counts)]
     table = Table("Right, in percent of the test pictures (95 %)", titles, rows, numbers=True)
-    blocks = [Prose([result["answer"]]), table, *([Prose(result["warnings"])] if result["warnings"] else [])]
+    blocks: list[Any] = [Prose([result["answer"]]), table, *([Prose(result["warnings"])] if result["warnings"] else [])]
     lede = "The same pictures, labels and draws for all; intervals by a bootstrap over whole groups."
     return Section("Was pretraining worth it?", lede, blocks)
 

@@ -30,7 +30,7 @@ still would at the sure end of the trend (95 %): hard classes alone give one or 
 def opinion(train: Side, classes: int) -> Float[Tensor, "n c"]:
     """What others say of each picture of train: the mean of a linear probe and of its neighbours, of other names."""
     probed = out_of_fold(train.start, train.labels, train.names, classes)
-    _, places = nearest(train.start, train.start, 2 * NEIGHBOURS, (train.names, train.names))
+    cosines, places = nearest(train.start, train.start, 2 * NEIGHBOURS, (train.names, train.names))
     return (probed + votes(places, cosines, train.labels, classes)) / 2
 
 

@@ -111,7 +111,7 @@ def examine(train: Side, test: Side) -> tuple[Finding, np.ndarray]:
     """Whether test holds copies of train, and which rows of it they are, Bool[m]."""
     places, scores, same = pairs(test, train)
     share, interval = float(same.mean()), resampled(same, test.names)
-    found = share >= SHARE and same.sum() >= 3
+    found = share >= SHARE and int(same.sum()) >= 3
     rows = [row for row in np.argsort(-scores, kind="stable").tolist() if same[row]][:24]
     right = {"leaked": _percent(test.right[same]), "others": _percent(test.right[~same])}
     reason = (

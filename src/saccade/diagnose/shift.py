@@ -7,6 +7,7 @@ pictures of each class on each side where groups allow it, so that other shares 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,14 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.diagnose.evidence import Finding, Side, nearest
+from saccade.diagnose.evidence import NEIGHBOURS, Finding, Side, nearest
 from saccade.evaluate.baselines import resampled
 
 DRAWS = 499
 CHANCE = 0.01
-OUTSIDE = 0.05
-"""So many of train's own pictures lie farther from the others than the limit; named where of test more do (95 %): what
-is only statistically another choice of pictures misleads no head."""
+EXCESS = 0.05
+"""Named where test pictures have so many more test pictures among their neighbours than chance puts there, as a part of
+all that could be more (95 %): two choices of the same kind of pictures may differ, and mislead no head."""
+FAR = 0.05  # of train's own pictures lie beyond the limit from which a test picture is said to be far
 MOST = 4000  # rows of each side: the kernel is a square
 
 
@@ -30,23 +32,36 @@ def examine(train: Side, test: Side) -> Finding:
     chance = discrepancy(train, test)
     own, _ = nearest(train.start, train.start, 5, (train.names, train.names))
     theirs, beside = nearest(test.start, train.start, 5)
-    limit = float(np.quantile(1 - own.mean(1).numpy(), 1 - OUTSIDE))
     far = 1 - theirs.mean(1).numpy()
-    outside = far > limit
-    share, interval = float(outside.mean()), resampled(outside, test.names)
-    found = chance <= CHANCE and interval[0] > OUTSIDE
+    outside = float((far > np.quantile(1 - own.mean(1).numpy(), 1 - FAR)).mean())
+    values = _together(train, test)
+    excess, interval = float(values.mean()), resampled(values, test.names)
+    found = chance <= CHANCE and interval[0] > EXCESS
     rows = np.argsort(-far, kind="stable")[:24]
-    reason = (
-        f"test is not drawn as train is: random divisions of the same groups differ as much in {chance:.1%} of cases; "
-        f"{share:.1%} of test lie farther from train than {1 - OUTSIDE:.0%} of train do"
-        if found
-        else f"random divisions of the same groups differ as much in {chance:.1%} of cases"
-    )
+    reason = f"random divisions of the same groups differ as much in {chance:.1%} of cases"
+    if found:
+        reason = (
+            f"test lies elsewhere than train: its pictures are neighbours of each other, {excess:.0%} of the way to being "
+            f"all alone (95 %: {interval[0]:.0%} to {interval[1]:.0%}); {reason}; {outside:.0%} of test lie farther from "
+            f"train than {1 - FAR:.0%} of train do"
+        )
     return Finding(
-        "shift", found, "how often a random division differs as much", chance, None, CHANCE, reason,
+        "shift", found, "how far test pictures keep to themselves", excess, interval, EXCESS, reason,
         rows=tuple(rows.tolist()), beside=tuple(map(tuple, beside[torch.from_numpy(rows), :3].tolist())),
-        more={"outside": share, "outside_interval": interval, "outside_limit": OUTSIDE},
+        more={"chance": chance, "outside": outside},
     )  # fmt: skip
+
+
+def _together(train: Side, test: Side) -> np.ndarray:
+    """For each test picture how many of its neighbours, of other groups, are of test: 0 as by chance, 1 all."""
+    names = [*train.names, *test.names]
+    _, places = nearest(test.start, torch.cat([train.start, test.start]), NEIGHBOURS, (test.names, names))
+    share = (places >= len(train.labels)).double().mean(1).numpy()
+    sizes = Counter(test.names)
+    others = np.array([len(test.labels) - sizes[name] for name in test.names])
+    expected = others / np.maximum(others + len(train.labels), 1)
+    found: np.ndarray = (share - expected) / (1 - expected)
+    return found
 
 
 def discrepancy(train: Side, test: Side) -> float:
