@@ -104,7 +104,7 @@ def compare(
     if scratch is not None:
         rows.append(_from_scratch(backbones[0], labelled, exam, scratch, group_by, image_size, channels, seed, workers))
     rows.sort(key=lambda row: (PIXELS, FRESH, SCRATCH, RUN, PUBLISHED).index(row.kind))
-    answered = _answered(rows, exam)
+    answered = _answered(rows, tasks, exam.names)
     return {
         "backbones": list(encoders),
         "data": "a source in memory" if isinstance(labelled, Source) else str(labelled),
@@ -287,9 +287,9 @@ def _told(row: _Row, exam: _Exam) -> dict[str, Any]:
     return {**told, "intervals": intervals, **({"few_label": few} if few else {}), **row.more}
 
 
-def _answered(rows: Sequence[_Row], exam: _Exam) -> dict[str, Any] | None:
+def _answered(rows: Sequence[_Row], tasks: Sequence[str], names: Sequence[str]) -> dict[str, Any] | None:
     """The best backbone, as train decides, against the best without pretraining, which may be chosen on test."""
-    task = next((task for task in ("linear", "knn") if task in exam.tasks), None)
+    task = next((task for task in ("linear", "knn") if task in tasks), None)
     ours = max((row for row in rows if row.pretrained), key=lambda row: row.held_out or 0.0)
     free = [row for row in rows if not row.pretrained]
     if not free:
@@ -298,7 +298,7 @@ def _answered(rows: Sequence[_Row], exam: _Exam) -> dict[str, Any] | None:
     if task is not None:
         rival = max((row for row in free if task in row.right), key=lambda row: row.right[task].mean())
         gain = ours.right[task][0].astype(np.float64) - rival.right[task][0]
-        low, high = resampled(gain, exam.names)
+        low, high = resampled(gain, names)
         found |= {
             "task": task, "right": round(100 * float(ours.right[task].mean()), 3), "against": rival.name,
             "gain": round(100 * float(gain.mean()), 3), "interval": [round(100 * low, 3), round(100 * high, 3)],
@@ -307,7 +307,7 @@ def _answered(rows: Sequence[_Row], exam: _Exam) -> dict[str, Any] | None:
     if counts := [count for count in ours.right if count not in _TITLES]:
         count = "10" if "10" in counts else counts[-1]
         rival = max((row for row in free if count in row.right), key=lambda row: row.right[count].mean())
-        few = difference(ours.right[count], rival.right[count], exam.names)
+        few = difference(ours.right[count], rival.right[count], names)
         found["few_label"] = {
             "labels": int(count), "against": rival.name, "gain": round(few["mean"], 3),
             "two_standard_errors": round(few["two_standard_errors"], 3), "verdict": few["verdict"],
