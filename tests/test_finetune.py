@@ -19,7 +19,7 @@ from saccade import backbone, cli, finetune, load, predict, vit, weights
 from saccade.errors import SaccadeError
 from saccade.evaluate import linear
 from saccade.finetune import calibration, classes, configured, folds, task, tuned
-from saccade.finetune.tasks import classification
+from saccade.finetune.tasks import classification, metric, regression
 from saccade.finetune.tuning import looked_at
 from saccade.settings import FinetuneArguments, Looking
 
@@ -482,3 +482,64 @@ def test_the_whole_model_in_onnxruntime(kind: str, frozen_run: Path, folders: Pa
     assert np.allclose(found, tuned.load(run)(images)[0], atol=1e-5) and np.allclose(found.sum(1), 1, atol=1e-5)
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     assert facts["facts"]["classes"] == ["a", "b", "c"] and facts["preprocess"]["crop"] == SIDE
+
+
+# numbers, and likeness
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_numbers_are_learned(mode: str, start: Path, listed: Path, tmp_path: Path) -> None:
+    moving = {**QUICK, "epochs": 1} if mode == "full" else {}
+    run = finetune(start, listed / "all.csv", task="regression", target=("degree",), mode=mode, out=tmp_path / "run",
+                   **moving)  # fmt: skip
+    test = run.summary["test"]
+    assert test["r2"] > 0.2 and test["mae"] < test["baselines"]["mean"]["mae"]
+    assert test["baselines"]["mean"]["r2"] == pytest.approx(0, abs=0.1)
+    told = lines(run.path / "predictions.jsonl")
+    off = [one["predicted"]["degree"] - one["label"]["degree"] for one in told]
+    assert np.abs(off).mean() == pytest.approx(test["mae"], rel=1e-3)
+    assert predict(run, listed / "all.csv")["scores"]["pictures"] == 60
+    assert "could not be shown" not in (run.path / "report.html").read_text()
+
+
+def test_ridge_is_that_of_the_normal_equations() -> None:
+    random = torch.Generator().manual_seed(0)
+    y = torch.randn(30, 2, generator=random, dtype=torch.float64)
+    for width in (8, 50):
+        x = torch.randn(30, width, generator=random, dtype=torch.float64) + 3
+        for penalty, (weight, bias) in zip(regression.PENALTIES, regression._ridge(x, y), strict=True):
+            off = x @ weight + bias - y
+            slope = x.T @ off / 30 + penalty * weight
+            assert slope.abs().max() < 1e-6 and off.mean(dim=0).abs().max() < 1e-8
+
+
+def test_odd_numbers_are_named(start: Path, listed: Path, tmp_path: Path) -> None:
+    rows = [[str(listed / f"{n:02}.png"), str(n % 3)] for n in range(40)]
+    rows += [[str(listed / "50.png"), "warm"], [str(listed / "51.png"), ""], [str(listed / "52.png"), "nan"]]
+    (tmp_path / "list.csv").write_text("path,degree\n" + "".join(",".join(row) + "\n" for row in rows))
+    run = finetune(start, tmp_path / "list.csv", task="regression", target=("degree",), out=tmp_path / "run")
+    reasons = {Path(one["key"]).name: one["reason"] for one in lines(run.path / "quarantine.jsonl")}
+    assert reasons == {"50.png": "'warm' is no number", "51.png": "no number", "52.png": "'nan' is no number"}
+    with pytest.raises(SaccadeError, match="did you mean 'degree'"):
+        finetune(start, tmp_path / "list.csv", task="regression", target=("degre",), out=tmp_path / "other")
+
+
+def test_pictures_of_a_class_come_near(start: Path, folders: Path, tmp_path: Path) -> None:
+    run = finetune(start, folders, task="metric", out=tmp_path / "run")
+    test = run.summary["test"]
+    assert test["map"] >= test["baselines"]["untouched"]["map"] - 5
+    vectors = torch.tensor([one["vector"] for one in lines(run.path / "predictions.jsonl")])
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(18), atol=1e-4)
+    again = predict(run, folders / "test")
+    assert again["scores"]["map"] == pytest.approx(test["map"], abs=0.5)
+    with pytest.raises(SaccadeError, match="classification moves a backbone"):
+        finetune(start, folders, task="metric", mode="full", out=tmp_path / "other")
+
+
+def test_retrieval_by_hand() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.7, 0.3], [-1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1, 2])  # the last is alone and asks nothing
+    found = metric.retrieval(vectors, labels)
+    # the first two find each other first; the third finds its own first; the fourth after two others
+    assert found["recall_at_1"] == 75 and found["recall_at_5"] == 100
+    assert found["map"] == pytest.approx(100 * (1 + 1 + 1 + 1 / 3) / 4, abs=0.01)

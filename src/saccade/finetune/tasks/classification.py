@@ -438,17 +438,8 @@ def _blind(
 
 
 def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Any], Counter[str]]:
-    """Targets of a source as far as it says them, and how often each class came that was never learned.
-
-    Names that are all unknown are no labels: a folder is called after anything.
-    """
-    said = labels.given(source, facts["separator"], facts["label"]).names
-    number, several = {name: place for place, name in enumerate(facts["classes"])}, bool(facts["several"])
-    strange = Counter(name for names in said for name in names or () if name not in number)
-    targets = [labels.target(names, number, several) for names in said]
-    if not any(name in number for names in said for name in names or ()):
-        return [None] * len(said), Counter()
-    return targets, strange
+    """Targets of a source as far as it says them, and how often each class came that was never learned."""
+    return labels.known(source, facts)
 
 
 def sections(told: list[dict[str, Any]], examples: Examples, result: Mapping[str, Any]) -> list[Section]:

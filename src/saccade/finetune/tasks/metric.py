@@ -1,12 +1,13 @@
 """Vectors in which pictures of one class, or of one thing, lie near each other: a linear projection for retrieval.
 
-Learned by classifying with unit vectors against one unit vector a class (normalised softmax, arXiv 1811.12649); test may
-hold classes that train has not. How long it learns is chosen on what is held out, and not at all is one of the choices.
+Learned by classifying with unit vectors against one unit vector a class (normalised softmax, arXiv 1811.12649); test
+may hold classes that train has not. How long it learns is chosen on what is held out, and not at all is a choice too.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,13 @@ def _begun(x: Float[Tensor, "n d"], out: int) -> Float[Tensor, "e d"]:
 
 
 def _train(
-    x: Float[Tensor, "n d"], copies: Float[Tensor, "n v d"], labels: Int[Tensor, " n"], head: Head, rounds: int, seed: int
-) -> list[tuple[int, Tensor]]:  # fmt: skip
+    x: Float[Tensor, "n d"],
+    copies: Float[Tensor, "n v d"],
+    labels: Int[Tensor, " n"],
+    head: Head,
+    rounds: int,
+    seed: int,
+) -> list[tuple[int, Tensor]]:
     """The projection after each of `ROUNDS` up to this one."""
     number = {int(label): place for place, label in enumerate(labels.unique())}
     names = torch.tensor([number[int(label)] for label in labels])
@@ -212,6 +218,11 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
         return {}
     vectors = torch.stack([one["_vector"] for one in known])
     return {**retrieval(vectors, torch.tensor([one["_target"] for one in known])), "pictures": len(known)}
+
+
+def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Any], Counter[str]]:
+    """Targets of a source as far as it says them."""
+    return labels.known(source, facts)
 
 
 def measure(told: list[dict[str, Any]], seen: Vectors, examples: Examples, settings: Settings) -> dict[str, Any]:

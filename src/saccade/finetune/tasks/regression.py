@@ -229,7 +229,7 @@ def fit(seen: Vectors, examples: Examples, settings: Settings) -> Fitted:
         x, copies = seen.of(pooling, learned).double(), seen.copied(pooling, learned).double()
         tried[pooling] = _choose(x, copies, targets, apart)
     pooling = min(tried, key=lambda name: tried[name][1])
-    place, error, said = tried[pooling]
+    place, _, said = tried[pooling]
     every = torch.ones(len(learned), dtype=torch.bool)
     x, copies = seen.of(pooling, learned).double(), seen.copied(pooling, learned).double()
     rows, known = _rows(x, copies, targets, every)
@@ -256,14 +256,13 @@ def fresh(encoder: Encoder, examples: Examples) -> Fitted:
     """A head that says the mean, on the vector that the family pools."""
     config, facts = encoder.backbone.config, examples.facts
     pooling = "mean" if config.pooling == "mean" else "cls"
-    return Fitted(
-        Head(pooling, int(config.width), facts["targets"], facts["mean"], facts["spread"]), {"pooling": pooling}
-    )
+    head = Head(pooling, int(config.width), facts["targets"], facts["mean"], facts["spread"])
+    return Fitted(head, {"pooling": pooling})
 
 
-def loss(outputs: Float[Tensor, "b t"], targets: Float[Tensor, "b t"], settings: Settings, facts: Mapping[str, Any]) -> (
-    Float[Tensor, ""]
-):  # fmt: skip
+def loss(
+    outputs: Float[Tensor, "b t"], targets: Float[Tensor, "b t"], settings: Settings, facts: Mapping[str, Any]
+) -> Float[Tensor, ""]:
     """The squared error, every number in units of its spread."""
     return (outputs - targets).square().mean()
 
