@@ -96,7 +96,7 @@ def test_temperature_mends_sureness_and_moves_no_answer() -> None:
     random = torch.Generator().manual_seed(0)
     truth = torch.randn(4000, 5, generator=random) * 2
     labels = torch.multinomial(truth.softmax(1), 1, generator=random)[:, 0]
-    found = calibration.temperature(truth * 3, labels)  # three times as sure as is right
+    found = calibration.fitted_temperature(truth * 3, labels)  # three times as sure as is right
     assert 2.8 < found < 3.2
     sure = calibration.probabilities(truth * 3, 1.0, False)
     mended = calibration.probabilities(truth * 3, found, False)

@@ -23,8 +23,9 @@ from saccade.data import Source
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate.linear import Standard
-from saccade.finetune import frozen, labels
-from saccade.finetune.frozen import Vectors
+from saccade.finetune.frozen import Vectors, pooled, vectors
+from saccade.finetune.labels import examples as labelled_examples
+from saccade.finetune.labels import known as known_labels
 from saccade.finetune.task import Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
 from saccade.report.page import Section, Table
@@ -46,7 +47,7 @@ class Settings(TaskSettings, Looking):
 
 def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, settings: Settings) -> Examples:
     """Pictures with a class each; those of test may be strangers. Raises `SaccadeError`."""
-    found = labels.examples(
+    found = labelled_examples(
         data, encoder, column=settings.label, group_by=asked.group_by, seed=asked.seed, strangers=True
     )
     if found.facts["several"]:
@@ -57,7 +58,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
 def see(encoder: Encoder, examples: Examples, settings: Settings, asked: FinetuneArguments) -> Vectors:
     """Vectors of all pictures, and of augmented copies of those that are learned from."""
     rows = np.concatenate([examples.learned, examples.test])
-    return frozen.vectors(
+    return vectors(
         encoder, examples.source, rows, looking=settings, seed=asked.seed, copied=examples.learned,
         cache=asked.cache, workers=asked.workers,
     )  # fmt: skip
@@ -81,7 +82,7 @@ class Head(AnyHead):
 
     def forward(self, features: Features, size: tuple[int, int] | None = None) -> Float[Tensor, "b e"]:
         """Unit vectors."""
-        return self.of(frozen.pooled(features, self.pooling))
+        return self.of(pooled(features, self.pooling))
 
     def of(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
         """Of vectors that are pooled already."""
@@ -222,7 +223,7 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
 
 def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Any], Counter[str]]:
     """Targets of a source as far as it says them."""
-    return labels.known(source, facts)
+    return known_labels(source, facts)
 
 
 def measure(told: list[dict[str, Any]], seen: Vectors, examples: Examples, settings: Settings) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from saccade.errors import SaccadeError, nearest
 from saccade.evaluate.labelled import SHARE, read_labelled
 from saccade.evaluate.linear import Standard
 from saccade.evaluate.splits import set_apart
-from saccade.finetune import frozen, labels
 from saccade.finetune.folds import folds
-from saccade.finetune.frozen import Vectors
+from saccade.finetune.frozen import Vectors, pooled, vectors
+from saccade.finetune.labels import once
 from saccade.finetune.task import Aside, Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
 from saccade.report.page import Section, Table
@@ -88,7 +88,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
         halves = ["" if isinstance(one, str) else "low" if one[0] < middle else "high" for one in numbers]
         source = dataclasses.replace(source, columns={**source.columns, "label": Strings(halves)})
     found = read_labelled(source, asked.group_by, prepare.canvas, prepare.channels)
-    taken = labels.once(found.keys, numbers, aside)
+    taken = once(found.keys, numbers, aside)
     usable = [taken[row] and isinstance(numbers[row], tuple) for row in range(len(numbers))]
     train, test = (np.array([row for row in part.tolist() if usable[row]], dtype=np.int64)
                    for part in (found.train, found.test))  # fmt: skip
@@ -112,7 +112,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
 def see(encoder: Encoder, examples: Examples, settings: Settings, asked: FinetuneArguments) -> Vectors:
     """Vectors of all pictures, and of augmented copies of those that are learned from."""
     rows = np.concatenate([examples.learned, examples.test])
-    return frozen.vectors(
+    return vectors(
         encoder, examples.source, rows, looking=settings, seed=asked.seed, copied=examples.learned,
         cache=asked.cache, workers=asked.workers,
     )  # fmt: skip
@@ -140,7 +140,7 @@ class Head(AnyHead):
 
     def forward(self, features: Features, size: tuple[int, int] | None = None) -> Float[Tensor, "b t"]:
         """How many spreads above the mean of train."""
-        return self.of(frozen.pooled(features, self.pooling))
+        return self.of(pooled(features, self.pooling))
 
     def of(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b t"]:
         """Of vectors that are pooled already."""
