@@ -1,7 +1,7 @@
 """Recipes of pictures and words beside each other: retrieval on the test side after equal time, seed by seed.
 
     python benchmarks/words.py PACK --out DIR [--recipes clip,siglip,siglip2] [--lit BACKBONE] [--minutes 2] [--seeds 3]
-        [--threads 1] [--dense MASKED] [--own "siglip2 --tail naflex"]... [-- --image-size 64 … flags of pretrain for all]
+        [--threads 1] [--dense MASKED] [--own "siglip2 --tail naflex"]... [-- --image-size 64 … for all]
 
 PACK is a folder with train.jsonl and test.jsonl, as Flickr8k's is, or with one index.jsonl (Twemoji), which is divided
 by the hash of its pictures, four to one. `--lit` adds the recipe lit on a locked backbone. Each run is an ordinary one
