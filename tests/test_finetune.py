@@ -280,7 +280,9 @@ def test_several_labels(start: Path, listed: Path, tmp_path: Path) -> None:
     told = lines(run.path / "predictions.jsonl")
     assert all(isinstance(one["predicted"], list) and len(one["probabilities"]) == 4 for one in told)
     again = predict(run, listed / "all.csv")
-    assert again["pictures"] == 60 and again["scores"]["pictures"] == 60
+    assert again["pictures"] == 60 and again["scores"]["pictures"] == 18
+    assert again["warnings"] == ["42 pictures are in train: they are answered, and not scored"]
+    assert again["scores"]["map"] == test["map"]
 
 
 def test_json_lists_are_several_labels_and_empty_ones_are_none(start: Path, listed: Path, tmp_path: Path) -> None:
@@ -493,12 +495,12 @@ def test_numbers_are_learned(mode: str, start: Path, listed: Path, tmp_path: Pat
     run = finetune(start, listed / "all.csv", task="regression", target=("degree",), mode=mode, out=tmp_path / "run",
                    **moving)  # fmt: skip
     test = run.summary["test"]
-    assert test["r2"] > 0.2 and test["mae"] < test["baselines"]["mean"]["mae"]
+    assert test["r2"] > 0.2 and test["mean_absolute_error"] < test["baselines"]["mean"]["mean_absolute_error"]
     assert test["baselines"]["mean"]["r2"] == pytest.approx(0, abs=0.1)
     told = lines(run.path / "predictions.jsonl")
     off = [one["predicted"]["degree"] - one["label"]["degree"] for one in told]
-    assert np.abs(off).mean() == pytest.approx(test["mae"], rel=1e-3)
-    assert predict(run, listed / "all.csv")["scores"]["pictures"] == 60
+    assert np.abs(off).mean() == pytest.approx(test["mean_absolute_error"], rel=1e-3)
+    assert predict(run, listed / "all.csv")["scores"]["pictures"] == 18
     assert "could not be shown" not in (run.path / "report.html").read_text()
 
 

@@ -299,8 +299,8 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
 def _errors(said: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Any]:
     r2, off = _r2(said, truth), said - truth
     each = {
-        name: {"r2": round(float(r2[n]), 4), "mae": _digits(float(off[:, n].abs().mean())),
-               "rmse": _digits(float(off[:, n].square().mean().sqrt()))}
+        name: {"r2": round(float(r2[n]), 4), "mean_absolute_error": _digits(float(off[:, n].abs().mean())),
+               "root_mean_square_error": _digits(float(off[:, n].square().mean().sqrt()))}
         for n, name in enumerate(names)
     }  # fmt: skip
     whole: dict[str, Any] = {"r2": round(float(r2.mean()), 4)}
@@ -347,6 +347,14 @@ def sections(told: list[dict[str, Any]], examples: Examples, result: Mapping[str
     for who, found in (("this model", result), *result["baselines"].items()):
         for name in names:
             one = found if len(names) == 1 else found["targets"][name]
-            rows.append([who, name, f"{one['r2']:.3f}", f"{one['mae']:.4g}", f"{one['rmse']:.4g}"])
+            rows.append(
+                [
+                    who,
+                    name,
+                    f"{one['r2']:.3f}",
+                    f"{one['mean_absolute_error']:.4g}",
+                    f"{one['root_mean_square_error']:.4g}",
+                ]
+            )
     table = Table("On test", ["", "target", "R2", "mean absolute error", "root mean square error"], rows, numbers=True)
     return [Section("Scores", "On test, which nothing was chosen by.", [table])]
