@@ -21,7 +21,7 @@ from saccade.evaluate import linear
 from saccade.finetune import calibration, classes, configured, folds, task, tuned
 from saccade.finetune.tasks import classification, metric, regression
 from saccade.finetune.tuning import looked_at
-from saccade.settings import FinetuneArguments, Looking
+from saccade.settings import FinetuneArguments, Looking, TuningSettings
 
 SIDE = 32
 
@@ -386,12 +386,12 @@ def test_a_head_is_itself_again(frozen_run: Path, tmp_path: Path) -> None:
 
 # tuning
 
-QUICK: dict[str, Any] = {"epochs": 3, "batch": 12, "lr": 4e-3, "workers": 0, "log_every": 1}
+QUICK: dict[str, Any] = {"epochs": 3, "batch": 12, "lr": 1e-3, "workers": 0, "log_every": 1}
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_backbone_moves_and_the_best_epoch_comes_out(mode: str, start: Path, folders: Path, tmp_path: Path) -> None:
-    settings = {**QUICK, "head_start": False, "rank": 2, "lr": 0.1, "epochs": 6}
+    settings = {**QUICK, "head_start": False, "rank": 2, "lr": 0.05, "epochs": 6}
     run = finetune(start, folders, mode=mode, out=tmp_path / mode, **settings)
     summary = run.summary
     assert summary["mode"] == mode and summary["chosen"]["best"]["step"] > 1
@@ -454,6 +454,12 @@ def test_one_that_gets_no_better_ends(start: Path, folders: Path, tmp_path: Path
     settings = {**QUICK, "epochs": 30, "lr": 1e-9, "patience": 2}
     run = finetune(start, folders, mode="full", out=tmp_path / "run", **settings)
     assert run.summary["chosen"]["epochs"] < 8
+
+
+def test_few_pictures_make_small_steps() -> None:
+    way = TuningSettings()
+    assert [way.fewer(n) for n in (3, 80, 300, 512, 10_000)] == [8, 8, 32, 64, 64]
+    assert way.peak() == pytest.approx(way.lr / 2)
 
 
 def test_settings_of_modes() -> None:

@@ -295,6 +295,7 @@ def tune(
     whole = config.model_copy(update={
         "arch": str(start.encoder.record.get("arch") or ""), "image_size": start.encoder.preprocess.crop,
         "channels": start.encoder.backbone.config.channels, "seed": asked.seed,
+        "batch": config.fewer(len(examples.train)),
     })  # fmt: skip
     with distributed.ranks() as ranks, holding(), stop_requests() as requests:
         run = Tuning(asked, whole, start, examples, settings, said, record, ranks)
@@ -319,6 +320,6 @@ def _way(run: Run, examples: Examples, config: TuningSettings) -> dict[str, Any]
     epoch = len(examples.train) / config.batch
     evaluated = [{"epoch": round(one["step"] / epoch, 2), **one["eval"]} for one in lines if one.get("eval")]
     return {
-        "steps": lines[-1]["step"], "epochs": round(lines[-1]["step"] / epoch, 2), "best": best,
+        "steps": lines[-1]["step"], "epochs": round(lines[-1]["step"] / epoch, 2), "batch": config.batch, "best": best,
         "images_per_second": lines[-1].get("images_per_second"), "evaluations": evaluated,
     }  # fmt: skip
