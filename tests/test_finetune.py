@@ -19,9 +19,9 @@ from saccade import backbone, cli, finetune, load, predict, vit, weights
 from saccade.errors import SaccadeError
 from saccade.evaluate import linear
 from saccade.finetune import calibration, classes, configured, folds, task, tuned
-from saccade.finetune.tasks import classification
+from saccade.finetune.tasks import classification, metric, regression
 from saccade.finetune.tuning import looked_at
-from saccade.settings import FinetuneArguments, Looking
+from saccade.settings import FinetuneArguments, Looking, TuningSettings
 
 SIDE = 32
 
@@ -96,7 +96,7 @@ def test_temperature_mends_sureness_and_moves_no_answer() -> None:
     random = torch.Generator().manual_seed(0)
     truth = torch.randn(4000, 5, generator=random) * 2
     labels = torch.multinomial(truth.softmax(1), 1, generator=random)[:, 0]
-    found = calibration.temperature(truth * 3, labels)  # three times as sure as is right
+    found = calibration.fitted_temperature(truth * 3, labels)  # three times as sure as is right
     assert 2.8 < found < 3.2
     sure = calibration.probabilities(truth * 3, 1.0, False)
     mended = calibration.probabilities(truth * 3, found, False)
@@ -280,7 +280,9 @@ def test_several_labels(start: Path, listed: Path, tmp_path: Path) -> None:
     told = lines(run.path / "predictions.jsonl")
     assert all(isinstance(one["predicted"], list) and len(one["probabilities"]) == 4 for one in told)
     again = predict(run, listed / "all.csv")
-    assert again["pictures"] == 60 and again["scores"]["pictures"] == 60
+    assert again["pictures"] == 60 and again["scores"]["pictures"] == 18
+    assert again["warnings"] == ["42 pictures are in train: they are answered, and not scored"]
+    assert again["scores"]["map"] == test["map"]
 
 
 def test_json_lists_are_several_labels_and_empty_ones_are_none(start: Path, listed: Path, tmp_path: Path) -> None:
@@ -384,12 +386,12 @@ def test_a_head_is_itself_again(frozen_run: Path, tmp_path: Path) -> None:
 
 # tuning
 
-QUICK: dict[str, Any] = {"epochs": 3, "batch": 12, "lr": 4e-3, "workers": 0, "log_every": 1}
+QUICK: dict[str, Any] = {"epochs": 3, "batch": 12, "lr": 1e-3, "workers": 0, "log_every": 1}
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_backbone_moves_and_the_best_epoch_comes_out(mode: str, start: Path, folders: Path, tmp_path: Path) -> None:
-    settings = {**QUICK, "head_start": False, "rank": 2, "lr": 0.1, "epochs": 6}
+    settings = {**QUICK, "head_start": False, "rank": 2, "lr": 0.05, "epochs": 6}
     run = finetune(start, folders, mode=mode, out=tmp_path / mode, **settings)
     summary = run.summary
     assert summary["mode"] == mode and summary["chosen"]["best"]["step"] > 1
@@ -454,6 +456,12 @@ def test_one_that_gets_no_better_ends(start: Path, folders: Path, tmp_path: Path
     assert run.summary["chosen"]["epochs"] < 8
 
 
+def test_few_pictures_make_small_steps() -> None:
+    way = TuningSettings()
+    assert [way.fewer(n) for n in (3, 80, 300, 512, 10_000)] == [8, 8, 32, 64, 64]
+    assert way.peak() == pytest.approx(way.lr / 2)
+
+
 def test_settings_of_modes() -> None:
     _, _, own, way = configured("x", "y", out="z", mode="lora", views=2, steps=7)
     assert own.views == 2 and way is not None and way.steps == 7 and way.epochs is None and way.layer_decay == 1
@@ -482,3 +490,64 @@ def test_the_whole_model_in_onnxruntime(kind: str, frozen_run: Path, folders: Pa
     assert np.allclose(found, tuned.load(run)(images)[0], atol=1e-5) and np.allclose(found.sum(1), 1, atol=1e-5)
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
     assert facts["facts"]["classes"] == ["a", "b", "c"] and facts["preprocess"]["crop"] == SIDE
+
+
+# numbers, and likeness
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_numbers_are_learned(mode: str, start: Path, listed: Path, tmp_path: Path) -> None:
+    moving = {**QUICK, "epochs": 1} if mode == "full" else {}
+    run = finetune(start, listed / "all.csv", task="regression", target=("degree",), mode=mode, out=tmp_path / "run",
+                   **moving)  # fmt: skip
+    test = run.summary["test"]
+    assert test["r2"] > 0.2 and test["mean_absolute_error"] < test["baselines"]["mean"]["mean_absolute_error"]
+    assert test["baselines"]["mean"]["r2"] == pytest.approx(0, abs=0.1)
+    told = lines(run.path / "predictions.jsonl")
+    off = [one["predicted"]["degree"] - one["label"]["degree"] for one in told]
+    assert np.abs(off).mean() == pytest.approx(test["mean_absolute_error"], rel=1e-3)
+    assert predict(run, listed / "all.csv")["scores"]["pictures"] == 18
+    assert "could not be shown" not in (run.path / "report.html").read_text()
+
+
+def test_ridge_is_that_of_the_normal_equations() -> None:
+    random = torch.Generator().manual_seed(0)
+    y = torch.randn(30, 2, generator=random, dtype=torch.float64)
+    for width in (8, 50):
+        x = torch.randn(30, width, generator=random, dtype=torch.float64) + 3
+        for penalty, (weight, bias) in zip(regression.PENALTIES, regression._ridge(x, y), strict=True):
+            off = x @ weight + bias - y
+            slope = x.T @ off / 30 + penalty * weight
+            assert slope.abs().max() < 1e-6 and off.mean(dim=0).abs().max() < 1e-8
+
+
+def test_odd_numbers_are_named(start: Path, listed: Path, tmp_path: Path) -> None:
+    rows = [[str(listed / f"{n:02}.png"), str(n % 3)] for n in range(40)]
+    rows += [[str(listed / "50.png"), "warm"], [str(listed / "51.png"), ""], [str(listed / "52.png"), "nan"]]
+    (tmp_path / "list.csv").write_text("path,degree\n" + "".join(",".join(row) + "\n" for row in rows))
+    run = finetune(start, tmp_path / "list.csv", task="regression", target=("degree",), out=tmp_path / "run")
+    reasons = {Path(one["key"]).name: one["reason"] for one in lines(run.path / "quarantine.jsonl")}
+    assert reasons == {"50.png": "'warm' is no number", "51.png": "no number", "52.png": "'nan' is no number"}
+    with pytest.raises(SaccadeError, match="did you mean 'degree'"):
+        finetune(start, tmp_path / "list.csv", task="regression", target=("degre",), out=tmp_path / "other")
+
+
+def test_pictures_of_a_class_come_near(start: Path, folders: Path, tmp_path: Path) -> None:
+    run = finetune(start, folders, task="metric", out=tmp_path / "run")
+    test = run.summary["test"]
+    assert test["map"] >= test["baselines"]["untouched"]["map"] - 5
+    vectors = torch.tensor([one["vector"] for one in lines(run.path / "predictions.jsonl")])
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(18), atol=1e-4)
+    again = predict(run, folders / "test")
+    assert again["scores"]["map"] == pytest.approx(test["map"], abs=0.5)
+    with pytest.raises(SaccadeError, match="classification moves a backbone"):
+        finetune(start, folders, task="metric", mode="full", out=tmp_path / "other")
+
+
+def test_retrieval_by_hand() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.7, 0.3], [-1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1, 2])  # the last is alone and asks nothing
+    found = metric.retrieval(vectors, labels)
+    # the first two find each other first; the third finds its own first; the fourth after two others
+    assert found["recall_at_1"] == 75 and found["recall_at_5"] == 100
+    assert found["map"] == pytest.approx(100 * (1 + 1 + 1 + 1 / 3) / 4, abs=0.01)

@@ -366,8 +366,10 @@ class TuningSettings(Training):
     image_size: int = Field(224, ge=1, description="set by the backbone")
     channels: int = Field(3, ge=1, description="set by the backbone")
     epochs: float | None = Field(15, gt=0, description="length in passes over the pictures that are learned from")
-    batch: int = Field(64, ge=1, description="samples an optimizer step, over all ranks and accumulation together")
-    lr: float = Field(4e-4, gt=0, description="learning rate at batch 256; scaled linearly with the batch")
+    batch: int = Field(
+        64, ge=1, description="samples an optimizer step, at most: of few pictures so few that an epoch has eight steps"
+    )
+    lr: float = Field(2e-4, gt=0, description="learning rate at batch 256; grows with the batch's square root")
     warmup: float = Field(0.1, ge=0, le=1, description="part of training in which the learning rate rises from 0")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     layer_decay: float = Field(
@@ -391,11 +393,19 @@ class TuningSettings(Training):
         "auto", description="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
     )
 
+    def peak(self) -> float:
+        """The highest learning rate: Adam's noise falls with the batch's square root (arXiv 2205.10287)."""
+        return self.lr * math.sqrt(self.batch / 256)
+
+    def fewer(self, samples: int) -> int:
+        """The batch for so many samples: a power of two where it is less than asked for, eight at least."""
+        return min(self.batch, max(8, 2 ** int(math.log2(max(samples, 1) / 8))) if samples >= 8 else 8)
+
     @staticmethod
     def usual(mode: str, from_scratch: bool) -> dict[str, Any]:
         """What a mode wants otherwise where nothing is said: fresh weights have further to go."""
         if from_scratch:
-            return {"epochs": 60.0, "lr": 2e-3, "layer_decay": 1.0, "mixup": 0.2, "patience": 20, "head_start": False}
+            return {"epochs": 60.0, "lr": 1e-3, "layer_decay": 1.0, "mixup": 0.2, "patience": 20, "head_start": False}
         return {"layer_decay": 1.0} if mode == "lora" else {}
 
 

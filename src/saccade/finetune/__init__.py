@@ -7,6 +7,7 @@ must be beaten, and a report. Nothing is chosen on test: a part of train is held
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,11 +52,12 @@ def finetune(
     there(data)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    said = _asked(asked, own, way)
-    with holding():
-        run = Run.claim(asked.out, said)  # another run is refused before anything is computed
-        if run.summary:
-            return run
+    said, first = _asked(asked, own, way), os.environ.get("RANK", "0") == "0"
+    if first:
+        with holding():
+            run = Run.claim(asked.out, said)  # another run is refused before anything is computed
+            if run.summary:
+                return run
     began = time.perf_counter()
     encoder = _encoder(backbone, asked)
     examples = page.read(data, encoder, asked, own)
@@ -70,6 +72,8 @@ def finetune(
         run, model, chosen = tuning.tune(model, examples, own, asked, way, said, initial)
         spent["tuning"] = round(time.perf_counter() - started, 2)
         fitted = Fitted(model.head, {**chosen, "frozen": dict(fitted.chosen)})
+        if not first:  # one of several processes examines and writes
+            return run
     with holding():
         run = Run.claim(asked.out, said)
         if way is None:

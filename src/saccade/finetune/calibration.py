@@ -29,7 +29,7 @@ def cross_entropy(
     return F.cross_entropy(logits, targets, weight=weights)
 
 
-def temperature(logits: Float[Tensor, "n k"], targets: Int[Tensor, " n"] | Float[Tensor, "n k"]) -> float:
+def fitted_temperature(logits: Float[Tensor, "n k"], targets: Int[Tensor, " n"] | Float[Tensor, "n k"]) -> float:
     """What logits are divided by so that their cross-entropy is least.  arXiv 1706.04599, section 4.2
 
     The cross-entropy is convex in 1 / temperature, so a golden-section search over its logarithm ends at the one

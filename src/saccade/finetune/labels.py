@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,3 +191,17 @@ def _uneven(counts: Counter[str], warnings: list[str]) -> None:
         warnings.append(
             f"{often!r} has {most} pictures to learn from and {seldom!r} {least}: --balance counts classes alike"
         )
+
+
+def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Any], Counter[str]]:
+    """Targets of a source as far as it says them, and how often each class came that was never learned.
+
+    Names that are all unknown are no labels: a folder is called after anything.
+    """
+    said = given(source, facts["separator"], facts["label"]).names
+    number, several = {name: place for place, name in enumerate(facts["classes"])}, bool(facts["several"])
+    strange = Counter(name for names in said for name in names or () if name not in number)
+    targets = [target(names, number, several) for names in said]
+    if not any(name in number for names in said for name in names or ()):
+        return [None] * len(said), Counter()
+    return targets, strange

@@ -17,6 +17,7 @@ from saccade.data import Source
 from saccade.embed import Look, device, examining, read_pictures, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable
+from saccade.evaluate.labelled import TEST, TRAIN
 from saccade.finetune.task import Head, Picture, presented
 from saccade.finetune.tuned import Tuned, load
 from saccade.run import Run, write_json
@@ -62,6 +63,7 @@ def predict(
     tuned.encoder.to(device())
     tuned.head.to(device())
     source, (targets, unknown) = opened(tuned, data)
+    targets, warnings = _unlearned(source, targets)
     failures: list[Failure] = []
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def predict(
         "run": str(run.path if isinstance(run, Run) else run), "task": tuned.task.name,
         "data": "a source in memory" if isinstance(data, Source) else str(data), "pictures": len(told),
         "quarantined": len(failures), "unreadable": [{"key": key, "reason": why} for _, key, why in failures[:20]],
-        "unknown": dict(unknown), **({"scores": found} if found else {}), **_head_of(told),
+        "unknown": dict(unknown), "warnings": warnings, **({"scores": found} if found else {}), **_head_of(told),
     }  # fmt: skip
     if place is not None:
         write_told(place, told, failures)
@@ -86,6 +88,18 @@ def predict(
         result["predictions"] = str(place / PREDICTIONS)
     result["seconds"] = round(time.perf_counter() - began, 2)
     return result
+
+
+def _unlearned(source: Source, targets: Sequence[Any]) -> tuple[Sequence[Any], list[str]]:
+    """Targets without those of a train side that stands beside a test side: answers to them are no examination."""
+    column = source.columns.get("split") if isinstance(source, Files) else None
+    parts = [source.key(row).split("/")[0] if column is None else column[row].strip().lower()
+             for row in range(len(source))]  # fmt: skip
+    train = {row for row, part in enumerate(parts) if part in TRAIN}
+    if not train or not set(parts) & {*TEST}:
+        return targets, []
+    said = f"{len(train)} pictures are in train: they are answered, and not scored"
+    return [None if row in train else targets[row] for row in range(len(source))], [said]
 
 
 def opened(tuned: Tuned, data: str | Path | Source) -> tuple[Source, tuple[Sequence[Any], Mapping[str, int]]]:

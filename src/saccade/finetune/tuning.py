@@ -24,10 +24,10 @@ from saccade.distributed import Ranks
 from saccade.draws import Draws, hash64
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
-from saccade.finetune import predicting, tuned
 from saccade.finetune.frozen import crops
+from saccade.finetune.predicting import outputs as outputs_of
 from saccade.finetune.task import Examples, Head, Task
-from saccade.finetune.tuned import Tuned
+from saccade.finetune.tuned import Tuned, load, prepared
 from saccade.frozen import Kept
 from saccade.norm import BatchNorm
 from saccade.optim import Group
@@ -158,7 +158,7 @@ class Watching(Watch):
     def _record(self, config: Training) -> dict[str, Any]:
         known = self.run.record
         return {"arch": config.arch or None, "licence": known["initial"].get("licence"), "data": known["data"],
-                "preprocess": tuned.prepared(self.start.encoder.preprocess), "initial": known["initial"]}  # fmt: skip
+                "preprocess": prepared(self.start.encoder.preprocess), "initial": known["initial"]}  # fmt: skip
 
     def schedule(self) -> set[int]:
         """The end of every epoch, or some ends spread evenly; and the start."""
@@ -204,7 +204,7 @@ class Watching(Watch):
 def looked_at(encoder: Encoder, head: Head, page: Task, examples: Examples) -> tuple[Tensor, Tensor]:
     """Outputs and targets of what is held out."""
     rows, found = list[int](), list[Tensor]()
-    for said in predicting.outputs(encoder, head, examples.source, examples.held.tolist(), []):
+    for said in outputs_of(encoder, head, examples.source, examples.held.tolist(), []):
         rows += said.rows
         found += [one.float().cpu() for one in said.outputs]
     if not rows:
@@ -295,12 +295,13 @@ def tune(
     whole = config.model_copy(update={
         "arch": str(start.encoder.record.get("arch") or ""), "image_size": start.encoder.preprocess.crop,
         "channels": start.encoder.backbone.config.channels, "seed": asked.seed,
+        "batch": config.fewer(len(examples.train)),
     })  # fmt: skip
     with distributed.ranks() as ranks, holding(), stop_requests() as requests:
         run = Tuning(asked, whole, start, examples, settings, said, record, ranks)
         run.train(requests)
         found = run.finish()
-    model = tuned.load(found.path / "best")
+    model = load(found.path / "best")
     model = Tuned(
         model.encoder.to(start.encoder.device), model.head.to(start.encoder.device), model.task, examples.facts
     )
@@ -319,6 +320,6 @@ def _way(run: Run, examples: Examples, config: TuningSettings) -> dict[str, Any]
     epoch = len(examples.train) / config.batch
     evaluated = [{"epoch": round(one["step"] / epoch, 2), **one["eval"]} for one in lines if one.get("eval")]
     return {
-        "steps": lines[-1]["step"], "epochs": round(lines[-1]["step"] / epoch, 2), "best": best,
+        "steps": lines[-1]["step"], "epochs": round(lines[-1]["step"] / epoch, 2), "batch": config.batch, "best": best,
         "images_per_second": lines[-1].get("images_per_second"), "evaluations": evaluated,
     }  # fmt: skip

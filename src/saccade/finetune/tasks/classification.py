@@ -26,9 +26,13 @@ from saccade.encoder import Encoder
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.linear import PENALTIES, Linear, Standard
 from saccade.evaluate.linear import fit as solve
-from saccade.finetune import calibration, classes, frozen, labels, shown
+from saccade.finetune.calibration import cross_entropy, expected_error, fitted_temperature, probabilities
+from saccade.finetune.classes import average_precision, confusion, macro, report, share
 from saccade.finetune.folds import folds
-from saccade.finetune.frozen import Vectors
+from saccade.finetune.frozen import Vectors, pooled, vectors
+from saccade.finetune.labels import examples as labelled_examples
+from saccade.finetune.labels import known as known_labels
+from saccade.finetune.shown import of_classes
 from saccade.finetune.task import Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
 from saccade.report.page import Section
@@ -55,7 +59,7 @@ class Settings(TaskSettings, Looking):
 
 def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, settings: Settings) -> Examples:
     """Labelled pictures by their parts. Raises `SaccadeError`."""
-    return labels.examples(
+    return labelled_examples(
         data, encoder, column=settings.label, separator=settings.separator, group_by=asked.group_by,
         count=settings.labels, seed=asked.seed,
     )  # fmt: skip
@@ -64,7 +68,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
 def see(encoder: Encoder, examples: Examples, settings: Settings, asked: FinetuneArguments) -> Vectors:
     """Vectors of all pictures, and of augmented copies of those that are learned from."""
     rows = np.concatenate([examples.learned, examples.test])
-    return frozen.vectors(
+    return vectors(
         encoder, examples.source, rows, looking=settings, seed=asked.seed, copied=examples.learned,
         cache=asked.cache, workers=asked.workers,
     )  # fmt: skip
@@ -92,7 +96,7 @@ class Head(AnyHead):
 
     def forward(self, features: Features, size: tuple[int, int] | None = None) -> Float[Tensor, "b k"]:
         """Logits."""
-        return self.logits(frozen.pooled(features, self.pooling))
+        return self.logits(pooled(features, self.pooling))
 
     def logits(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         """Of vectors that are pooled already."""
@@ -101,7 +105,7 @@ class Head(AnyHead):
 
     def answer(self, outputs: Float[Tensor, "b k"]) -> tuple[Tensor, ...]:
         """Calibrated probabilities."""
-        return (calibration.probabilities(outputs.float(), self.temperature, self.several),)
+        return (probabilities(outputs.float(), self.temperature, self.several),)
 
     def config(self) -> dict[str, Any]:
         """Its pooling, width and classes."""
@@ -112,7 +116,7 @@ class Head(AnyHead):
     def told(self, outputs: Sequence[Tensor], pictures: Sequence[Picture], folder: Path | None) -> list[dict[str, Any]]:
         """The class that was found, how sure that is, and the probability of every class, in their order."""
         logits = torch.stack(list(outputs)).float().cpu()
-        chances = calibration.probabilities(logits, self.temperature.cpu(), self.several)
+        chances = probabilities(logits, self.temperature.cpu(), self.several)
         found = []
         for picture, row, chance in zip(pictures, logits, chances, strict=True):
             place = int(chance.argmax())
@@ -182,7 +186,7 @@ def _choose(vectors: Tensor, copies: Tensor, targets: Tensor, count: int, apart:
             said[held] = standard(vectors[held]) @ layer.weight + layer.bias
         there = ~said[:, 0].isnan()
         scaled = None if weights is None else weights.to(said)
-        loss = float(calibration.cross_entropy(said[there], targets[there], scaled))
+        loss = float(cross_entropy(said[there], targets[there], scaled))
         if best is None or loss < best.loss:
             best, since = _Choice(penalty, said, loss), 0
         else:
@@ -239,21 +243,21 @@ def fit(seen: Vectors, examples: Examples, settings: Settings) -> Fitted:
     where, count = device(), len(names)
     known = targets.to(where)
 
-    def vectors(pooling: str, places: np.ndarray) -> tuple[Tensor, Tensor]:
+    def looked_at(pooling: str, places: np.ndarray) -> tuple[Tensor, Tensor]:
         return seen.of(pooling, places).to(where), seen.copied(pooling, places).to(where)
 
     tried: dict[str, _Choice] = {}
     if chosen := _can_choose(targets, count):
         for pooling in seen.poolings():
             parts = [part[some] for part in apart]
-            of = vectors(pooling, learned[some])
+            of = looked_at(pooling, learned[some])
             tried[pooling] = _choose(*of, known[torch.from_numpy(some)], count, parts, settings.balance)
         pooling = min(tried, key=lambda name: tried[name].loss)
         penalty = tried[pooling].penalty
     else:
         pooling = seen.poolings()[0]
         penalty = STRENGTH * seen.of(pooling, learned[:1]).shape[1] / len(learned)
-    layer = _layer(*vectors(pooling, learned), known, penalty, count, settings.balance)
+    layer = _layer(*looked_at(pooling, learned), known, penalty, count, settings.balance)
     head = Head(pooling, layer.linear.weight.shape[0], names, several)
     with torch.no_grad():
         head.shift.copy_(layer.standard.mean)
@@ -296,7 +300,7 @@ def _learned(seen: Vectors, examples: Examples) -> tuple[np.ndarray, Tensor, lis
 def calibrate(head: Head, outputs: Tensor, targets: Tensor, settings: Settings) -> dict[str, Any]:
     """Sets the head's temperature by outputs of what was held out; cross-entropy and error before and after there."""
     logits, targets = outputs.float().cpu(), targets.cpu()
-    temperature = calibration.temperature(logits, targets)
+    temperature = fitted_temperature(logits, targets)
     head.temperature.fill_(temperature)
     return {"temperature": round(temperature, 4), "held_out": {**score(logits, targets, settings),
             **_calibrated(logits, targets, temperature, head.several)}}  # fmt: skip
@@ -305,9 +309,9 @@ def calibrate(head: Head, outputs: Tensor, targets: Tensor, settings: Settings) 
 def _calibrated(logits: Tensor, targets: Tensor, temperature: float, several: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"nll": {}, "ece": {}}
     for when, value in (("before", 1.0), ("after", temperature)):
-        found["nll"][when] = round(float(calibration.cross_entropy(logits / value, targets)), 4)
-        chances = calibration.probabilities(logits, value, several)
-        found["ece"][when] = round(calibration.expected_error(chances, targets), 3)
+        found["nll"][when] = round(float(cross_entropy(logits / value, targets)), 4)
+        chances = probabilities(logits, value, several)
+        found["ece"][when] = round(expected_error(chances, targets), 3)
     return found
 
 
@@ -327,10 +331,10 @@ def loss(
 def score(outputs: Tensor, targets: Tensor, settings: Settings) -> dict[str, float]:
     """Percent right (of classes alike, if balanced), or mean average precision of several; and cross-entropy."""
     outputs, targets = outputs.float().cpu(), targets.cpu()
-    nll = round(float(calibration.cross_entropy(outputs, targets)), 4)
+    nll = round(float(cross_entropy(outputs, targets)), 4)
     if targets.ndim == 2:
         pairs = zip(outputs.T.numpy(), targets.T.numpy(), strict=True)
-        each = [classes.average_precision(said, truth) for said, truth in pairs]
+        each = [average_precision(said, truth) for said, truth in pairs]
         return {"map": round(float(np.mean([value for value in each if value is not None] or [0.0])), 3), "loss": nll}
     right = (outputs.argmax(dim=1) == targets).double()
     if not settings.balance:
@@ -359,11 +363,11 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
     if several:
         return {**_of_several(logits, targets, names), "pictures": len(known), **calibrated}
     labels_, predicted = targets.numpy(), logits.argmax(dim=1).numpy()
-    table = classes.confusion(labels_, predicted, len(names))
-    each = classes.report(table.diagonal(), table.sum(axis=1), table.sum(axis=0), names)
+    table = confusion(labels_, predicted, len(names))
+    each = report(table.diagonal(), table.sum(axis=1), table.sum(axis=0), names)
     return {
         "accuracy": round(100 * float((labels_ == predicted).mean()), 3),
-        "balanced_accuracy": classes.macro(each, "recall"), "macro_f1": classes.macro(each, "f1"),
+        "balanced_accuracy": macro(each, "recall"), "macro_f1": macro(each, "f1"),
         "pictures": len(known), **calibrated, "classes": each, "confusion": table.tolist(), "worst": _worst(known),
     }  # fmt: skip
 
@@ -371,13 +375,13 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
 def _of_several(logits: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
     said, truth = (logits >= 0).numpy(), targets.numpy().astype(bool)  # a temperature moves no sign
     hits = (said & truth).sum(axis=0)
-    each = classes.report(hits, truth.sum(axis=0), said.sum(axis=0), names)
+    each = report(hits, truth.sum(axis=0), said.sum(axis=0), names)
     for place, name in enumerate(names):
-        each[name]["average_precision"] = classes.average_precision(logits[:, place].numpy(), truth[:, place])
+        each[name]["average_precision"] = average_precision(logits[:, place].numpy(), truth[:, place])
     found = [one["average_precision"] for one in each.values() if one["average_precision"] is not None]
     return {
-        "map": round(float(np.mean(found)), 3) if found else None, "macro_f1": classes.macro(each, "f1"),
-        "micro_f1": classes.share(2 * float(hits.sum()), float(truth.sum() + said.sum())),
+        "map": round(float(np.mean(found)), 3) if found else None, "macro_f1": macro(each, "f1"),
+        "micro_f1": share(2 * float(hits.sum()), float(truth.sum() + said.sum())),
         "all_right": round(100 * float((said == truth).all(axis=1).mean()), 3), "classes": each,
     }  # fmt: skip
 
@@ -438,19 +442,10 @@ def _blind(
 
 
 def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Any], Counter[str]]:
-    """Targets of a source as far as it says them, and how often each class came that was never learned.
-
-    Names that are all unknown are no labels: a folder is called after anything.
-    """
-    said = labels.given(source, facts["separator"], facts["label"]).names
-    number, several = {name: place for place, name in enumerate(facts["classes"])}, bool(facts["several"])
-    strange = Counter(name for names in said for name in names or () if name not in number)
-    targets = [labels.target(names, number, several) for names in said]
-    if not any(name in number for names in said for name in names or ()):
-        return [None] * len(said), Counter()
-    return targets, strange
+    """Targets of a source as far as it says them, and how often each class came that was never learned."""
+    return known_labels(source, facts)
 
 
 def sections(told: list[dict[str, Any]], examples: Examples, result: Mapping[str, Any]) -> list[Section]:
     """Scores beside baselines, each class, who is taken for whom, and the pictures it got most wrong."""
-    return shown.of_classes(examples, result)
+    return of_classes(examples, result)

@@ -1,12 +1,13 @@
 """Vectors in which pictures of one class, or of one thing, lie near each other: a linear projection for retrieval.
 
-Learned by classifying with unit vectors against one unit vector a class (normalised softmax, arXiv 1811.12649); test may
-hold classes that train has not. How long it learns is chosen on what is held out, and not at all is one of the choices.
+Learned by classifying with unit vectors against one unit vector a class (normalised softmax, arXiv 1811.12649); test
+may hold classes that train has not. How long it learns is chosen on what is held out, and not at all is a choice too.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from saccade.data import Source
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate.linear import Standard
-from saccade.finetune import frozen, labels
-from saccade.finetune.frozen import Vectors
+from saccade.finetune.frozen import Vectors, pooled, vectors
+from saccade.finetune.labels import examples as labelled_examples
+from saccade.finetune.labels import known as known_labels
 from saccade.finetune.task import Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
 from saccade.report.page import Section, Table
@@ -45,7 +47,7 @@ class Settings(TaskSettings, Looking):
 
 def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, settings: Settings) -> Examples:
     """Pictures with a class each; those of test may be strangers. Raises `SaccadeError`."""
-    found = labels.examples(
+    found = labelled_examples(
         data, encoder, column=settings.label, group_by=asked.group_by, seed=asked.seed, strangers=True
     )
     if found.facts["several"]:
@@ -56,7 +58,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
 def see(encoder: Encoder, examples: Examples, settings: Settings, asked: FinetuneArguments) -> Vectors:
     """Vectors of all pictures, and of augmented copies of those that are learned from."""
     rows = np.concatenate([examples.learned, examples.test])
-    return frozen.vectors(
+    return vectors(
         encoder, examples.source, rows, looking=settings, seed=asked.seed, copied=examples.learned,
         cache=asked.cache, workers=asked.workers,
     )  # fmt: skip
@@ -80,7 +82,7 @@ class Head(AnyHead):
 
     def forward(self, features: Features, size: tuple[int, int] | None = None) -> Float[Tensor, "b e"]:
         """Unit vectors."""
-        return self.of(frozen.pooled(features, self.pooling))
+        return self.of(pooled(features, self.pooling))
 
     def of(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
         """Of vectors that are pooled already."""
@@ -131,8 +133,13 @@ def _begun(x: Float[Tensor, "n d"], out: int) -> Float[Tensor, "e d"]:
 
 
 def _train(
-    x: Float[Tensor, "n d"], copies: Float[Tensor, "n v d"], labels: Int[Tensor, " n"], head: Head, rounds: int, seed: int
-) -> list[tuple[int, Tensor]]:  # fmt: skip
+    x: Float[Tensor, "n d"],
+    copies: Float[Tensor, "n v d"],
+    labels: Int[Tensor, " n"],
+    head: Head,
+    rounds: int,
+    seed: int,
+) -> list[tuple[int, Tensor]]:
     """The projection after each of `ROUNDS` up to this one."""
     number = {int(label): place for place, label in enumerate(labels.unique())}
     names = torch.tensor([number[int(label)] for label in labels])
@@ -212,6 +219,11 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
         return {}
     vectors = torch.stack([one["_vector"] for one in known])
     return {**retrieval(vectors, torch.tensor([one["_target"] for one in known])), "pictures": len(known)}
+
+
+def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Any], Counter[str]]:
+    """Targets of a source as far as it says them."""
+    return known_labels(source, facts)
 
 
 def measure(told: list[dict[str, Any]], seen: Vectors, examples: Examples, settings: Settings) -> dict[str, Any]:

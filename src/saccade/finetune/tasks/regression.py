@@ -25,9 +25,9 @@ from saccade.errors import SaccadeError, nearest
 from saccade.evaluate.labelled import SHARE, read_labelled
 from saccade.evaluate.linear import Standard
 from saccade.evaluate.splits import set_apart
-from saccade.finetune import frozen, labels
 from saccade.finetune.folds import folds
-from saccade.finetune.frozen import Vectors
+from saccade.finetune.frozen import Vectors, pooled, vectors
+from saccade.finetune.labels import once
 from saccade.finetune.task import Aside, Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
 from saccade.report.page import Section, Table
@@ -88,7 +88,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
         halves = ["" if isinstance(one, str) else "low" if one[0] < middle else "high" for one in numbers]
         source = dataclasses.replace(source, columns={**source.columns, "label": Strings(halves)})
     found = read_labelled(source, asked.group_by, prepare.canvas, prepare.channels)
-    taken = labels.once(found.keys, numbers, aside)
+    taken = once(found.keys, numbers, aside)
     usable = [taken[row] and isinstance(numbers[row], tuple) for row in range(len(numbers))]
     train, test = (np.array([row for row in part.tolist() if usable[row]], dtype=np.int64)
                    for part in (found.train, found.test))  # fmt: skip
@@ -112,7 +112,7 @@ def read(data: str | Path | Source, encoder: Encoder, asked: FinetuneArguments, 
 def see(encoder: Encoder, examples: Examples, settings: Settings, asked: FinetuneArguments) -> Vectors:
     """Vectors of all pictures, and of augmented copies of those that are learned from."""
     rows = np.concatenate([examples.learned, examples.test])
-    return frozen.vectors(
+    return vectors(
         encoder, examples.source, rows, looking=settings, seed=asked.seed, copied=examples.learned,
         cache=asked.cache, workers=asked.workers,
     )  # fmt: skip
@@ -140,7 +140,7 @@ class Head(AnyHead):
 
     def forward(self, features: Features, size: tuple[int, int] | None = None) -> Float[Tensor, "b t"]:
         """How many spreads above the mean of train."""
-        return self.of(frozen.pooled(features, self.pooling))
+        return self.of(pooled(features, self.pooling))
 
     def of(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b t"]:
         """Of vectors that are pooled already."""
@@ -229,7 +229,7 @@ def fit(seen: Vectors, examples: Examples, settings: Settings) -> Fitted:
         x, copies = seen.of(pooling, learned).double(), seen.copied(pooling, learned).double()
         tried[pooling] = _choose(x, copies, targets, apart)
     pooling = min(tried, key=lambda name: tried[name][1])
-    place, error, said = tried[pooling]
+    place, _, said = tried[pooling]
     every = torch.ones(len(learned), dtype=torch.bool)
     x, copies = seen.of(pooling, learned).double(), seen.copied(pooling, learned).double()
     rows, known = _rows(x, copies, targets, every)
@@ -256,14 +256,13 @@ def fresh(encoder: Encoder, examples: Examples) -> Fitted:
     """A head that says the mean, on the vector that the family pools."""
     config, facts = encoder.backbone.config, examples.facts
     pooling = "mean" if config.pooling == "mean" else "cls"
-    return Fitted(
-        Head(pooling, int(config.width), facts["targets"], facts["mean"], facts["spread"]), {"pooling": pooling}
-    )
+    head = Head(pooling, int(config.width), facts["targets"], facts["mean"], facts["spread"])
+    return Fitted(head, {"pooling": pooling})
 
 
-def loss(outputs: Float[Tensor, "b t"], targets: Float[Tensor, "b t"], settings: Settings, facts: Mapping[str, Any]) -> (
-    Float[Tensor, ""]
-):  # fmt: skip
+def loss(
+    outputs: Float[Tensor, "b t"], targets: Float[Tensor, "b t"], settings: Settings, facts: Mapping[str, Any]
+) -> Float[Tensor, ""]:
     """The squared error, every number in units of its spread."""
     return (outputs - targets).square().mean()
 
@@ -300,8 +299,8 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
 def _errors(said: Tensor, truth: Tensor, names: Sequence[str]) -> dict[str, Any]:
     r2, off = _r2(said, truth), said - truth
     each = {
-        name: {"r2": round(float(r2[n]), 4), "mae": _digits(float(off[:, n].abs().mean())),
-               "rmse": _digits(float(off[:, n].square().mean().sqrt()))}
+        name: {"r2": round(float(r2[n]), 4), "mean_absolute_error": _digits(float(off[:, n].abs().mean())),
+               "root_mean_square_error": _digits(float(off[:, n].square().mean().sqrt()))}
         for n, name in enumerate(names)
     }  # fmt: skip
     whole: dict[str, Any] = {"r2": round(float(r2.mean()), 4)}
@@ -348,6 +347,14 @@ def sections(told: list[dict[str, Any]], examples: Examples, result: Mapping[str
     for who, found in (("this model", result), *result["baselines"].items()):
         for name in names:
             one = found if len(names) == 1 else found["targets"][name]
-            rows.append([who, name, f"{one['r2']:.3f}", f"{one['mae']:.4g}", f"{one['rmse']:.4g}"])
+            rows.append(
+                [
+                    who,
+                    name,
+                    f"{one['r2']:.3f}",
+                    f"{one['mean_absolute_error']:.4g}",
+                    f"{one['root_mean_square_error']:.4g}",
+                ]
+            )
     table = Table("On test", ["", "target", "R2", "mean absolute error", "root mean square error"], rows, numbers=True)
     return [Section("Scores", "On test, which nothing was chosen by.", [table])]
