@@ -279,6 +279,7 @@ def test_public_names() -> None:
         "embed",
         "evaluate",
         "export",
+        "diagnose",
         "finetune",
         "load",
         "predict",
@@ -291,6 +292,7 @@ def test_public_names() -> None:
         "adapt",
         "embed",
         "evaluate",
+        "diagnose",
         "finetune",
     ):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
@@ -305,6 +307,7 @@ def test_verbs_of_the_interface() -> None:
         "pretrain",
         "adapt",
         "evaluate",
+        "diagnose",
         "finetune",
         "predict",
         "embed",

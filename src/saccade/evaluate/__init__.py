@@ -62,24 +62,14 @@ def evaluate(
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
     `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Several backbones, or
-    `scratch` (minutes to learn from the labels alone, from fresh weights), stand in one `table`, with an `answer` to
-    whether pretraining was worth it. Raises `SaccadeError`.
+    `scratch` (minutes to learn from labels alone), give a `table` and an `answer`. Raises `SaccadeError`.
     """
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     if scratch is not None or not isinstance(backbone, str | Path | Encoder):
-        from saccade import compare as page  # it stands beside finetune, which reads pages of this one
-
-        several = [backbone] if isinstance(backbone, str | Path | Encoder) else backbone
-        _check_tasks(tasks, labels)
-        if out is not None and (beside := Path(out).with_suffix(".html")).exists():
-            raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
-        found = page.compare(several, labelled, tasks=tasks, labels=labels, group_by=group_by, image_size=image_size,
-                        channels=channels, patch=patch, seed=seed, workers=workers, baselines=baselines,
-                        scratch=scratch)  # fmt: skip
-        if out is not None:
-            found["report"] = str(page.write(Path(out).with_suffix(".html"), found))
-        return _written(found, out)
+        return _several(backbone, labelled, templates, tasks=tasks, labels=labels, group_by=group_by, seed=seed,
+                        image_size=image_size, channels=channels, patch=patch, workers=workers, baselines=baselines,
+                        scratch=scratch, out=out)  # fmt: skip
     if (folder := texts.alone(backbone)) is not None:
         wanted = texts.PROBES if tasks == TASKS else tasks
         found = texts.evaluate(folder, labelled, wanted, seed)
@@ -107,6 +97,21 @@ def evaluate(
             result |= found | {"warnings": list(dict.fromkeys([*result.get("warnings", ()), *found["warnings"]]))}
     result["seconds"] = round(time.perf_counter() - started, 1)
     return _written(result, out)
+
+
+def _several(
+    backbone: str | Path | Encoder | Sequence[str | Path | Encoder],
+    labelled: str | Path | Source,
+    templates: str | Path | Sequence[str] | None,
+    **asked: Any,
+) -> dict[str, Any]:
+    """Backbones beside each other, on a page that stands beside finetune, which reads pages of this one."""
+    from saccade.compare import compare
+
+    _check_tasks(asked["tasks"], asked["labels"])
+    if templates is not None:
+        raise SaccadeError("templates belong to the task zero-shot of one backbone", path="--templates")
+    return compare([backbone] if isinstance(backbone, str | Path | Encoder) else backbone, labelled, **asked)
 
 
 def _probed(
