@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from saccade.errors import SaccadeError, nearest
 from saccade.sources.captions import Column, chosen, encoded
+from saccade.sources.parquet import schema_of
 from saccade.sources.strings import Strings
 
 EXTENSIONS = (".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl", ".parquet")
@@ -120,11 +121,10 @@ def _objects(path: Path, lines: Iterator[str]) -> tuple[list[str], dict[str, lis
 
 
 def _parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    """The columns of a Parquet file. Raises `SaccadeError` for a file that holds the pictures themselves."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise SaccadeError("reading Parquet needs pyarrow", path=path, hint="pip install 'saccade[parquet]'") from None
+    """The columns of a Parquet file that names pictures. Raises `SaccadeError` for what is no such list."""
+    schema_of(path)
+    from pyarrow import ArrowException, parquet
+
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
@@ -135,7 +135,7 @@ def _parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
         raise SaccadeError(
             f"{path} holds bytes or records in its column {inside[0]!r}, and a list names files",
             path=path,
-            hint="write pictures as files or tar shards, and name them by a column `path`",
+            hint="pictures are a column of bytes, or of records {bytes, path}",
         )
     return list(columns), columns
 
