@@ -110,7 +110,7 @@ def read_examined(labelled: str | Path | Source, short_side: int | None, channel
 
 def in_test(name: str) -> bool:
     """Whether a column `split` says so."""
-    return _part(name) == "test"
+    return part_of(name) == "test"
 
 
 def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[list[str | None], list[str | None]]:
@@ -126,7 +126,7 @@ def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[
         if isinstance(source, Shards | Rows):
             parts = _parts_of_shards(keys) if isinstance(source, Shards) else _parts_of_rows(source)
         if (named := column_of(source, "split")) is not None:
-            parts = [_part(name) for name in named]
+            parts = [part_of(name) for name in named]
             if "train" not in parts or "test" not in parts:
                 raise SaccadeError("the column `split` needs rows of train and of test (or val)", path=str(labelled))
         return parts, classes
@@ -153,7 +153,7 @@ def _parts_of_shards(keys: list[str]) -> list[str | None]:
     """By the tar's name (train.tar, test-0003.tar), else by the member's first folder, where both parts are there."""
     for place in (0, 1):
         firsts = [key.split("/")[place] for key in keys]
-        found: list[str | None] = [_part(re.split(r"[-_.]", first)[0] if place == 0 else first) for first in firsts]
+        found: list[str | None] = [part_of(re.split(r"[-_.]", first)[0] if place == 0 else first) for first in firsts]
         if "train" in found and "test" in found:
             return found
     return [None] * len(keys)
@@ -177,7 +177,8 @@ def column_of(source: Source, name: str) -> list[str] | None:
     return source.column(name) if isinstance(source, Rows) else None
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """Which side a folder or a cell of the column `split` means: train, test or unused."""
     name = name.strip().lower()
     return "train" if name in TRAIN else "test" if name in TEST else "unused"
 

@@ -42,7 +42,7 @@ def open_source(
     is 1 or 3; `weights` are the shares in which several sources are drawn (as many as they have samples, if None);
     `group_by` is a pattern whose first parenthesis finds a sample's group in its key; with `texts` every sample
     is a picture and its captions, and one without is unreadable; with `pieces` samples are pieces of text files (.txt,
-    .md, .rst), of so many bytes. Raises `SaccadeError`.
+    .md, .rst) or of the texts in a list, of so many bytes. Raises `SaccadeError`.
     """
     if group_by is not None:
         try:
@@ -92,7 +92,7 @@ def _open(
             hint="copy it to a local folder; reading it in place will be the extra saccade[cloud]",
         )
     path = Path(data).expanduser()
-    if pieces is not None and path.exists():
+    if pieces is not None and (path.exists() or glob.has_magic(str(path))):
         return open_texts(path, pieces, group_by)
     if path.is_dir():
         return _folder(path, short_side, channels, group_by, texts)

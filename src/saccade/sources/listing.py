@@ -19,6 +19,7 @@ from saccade.sources.parquet import schema_of
 from saccade.sources.strings import Strings
 
 EXTENSIONS = (".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl")
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "image")
 """Names of the column that says which picture a row is of."""
 
@@ -54,21 +55,27 @@ def read_list(path: Path, texts: bool = False) -> Listed:
     if texts:
         paths, columns, said = _merged(path, paths, columns)
         captions = Column.of(said)
-    named = {name: Strings(map(_cell, column)) for name, column in columns.items()}
+    named = {name: Strings(map(cell_of, column)) for name, column in columns.items()}
     return Listed(Strings(name.removeprefix("./") for name in paths), named, captions)
 
 
 def _columns(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _named(path, *_parquet(path))
+    if path.suffix.lower() in TABLES:
+        return _named(path, *table_of(path))
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        if suffix == ".jsonl":
-            return _named(path, *_objects(path, lines))
-        if suffix in (".csv", ".tsv"):
-            csv.field_size_limit(1 << 27)  # captions of any length; they are cut where they are read
-            return _named(path, *_table(path, csv.reader(lines, "excel-tab" if suffix == ".tsv" else "excel")))
         return [line for line in (line.rstrip("\r\n") for line in lines) if line.strip()], {}
+
+
+def table_of(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """The columns of CSV, TSV or JSONL, by name and in order. Raises `SaccadeError`, `OSError` and `csv.Error`."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        if path.suffix.lower() == ".jsonl":
+            return _objects(path, lines)
+        csv.field_size_limit(1 << 27)  # captions of any length; they are cut where they are read
+        dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
+        return _table(path, csv.reader(lines, dialect))
 
 
 def _named(path: Path, header: list[str], columns: dict[str, list[Any]]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -80,7 +87,7 @@ def _named(path: Path, header: list[str], columns: dict[str, list[Any]]) -> tupl
             path=path,
             hint=nearest("path", header) + " rename it in the first line",
         )
-    return [_cell(value) for value in columns.pop(named)], columns
+    return [cell_of(value) for value in columns.pop(named)], columns
 
 
 def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -88,7 +95,7 @@ def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, 
     header = [name.strip() for name in next(rows, [])]
     if not header:
         raise SaccadeError(
-            f"the list {path} is empty", path=path, hint="its first line names the columns, one of them `path`"
+            f"the list {path} is empty", path=path, hint="its first line names the columns, such as `path`, `text`"
         )
     columns: dict[str, list[Any]] = {name: [] for name in header}
     for number, row in enumerate(rows, start=2):
@@ -167,6 +174,6 @@ def _merged(
     return list(rows), others, said
 
 
-def _cell(value: Any) -> str:
+def cell_of(value: Any) -> str:
     """What a column's cell says; "" for nothing."""
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

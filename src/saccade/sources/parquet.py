@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from saccade.data import Sample, Source
 from saccade.decode import decode
 from saccade.errors import SaccadeError, Unreadable, say
-from saccade.sources.captions import READ, chosen, encoded, usable
+from saccade.sources.captions import CAPTIONS, READ, TEXTS, chosen, encoded, usable
 from saccade.sources.files import group_of
 from saccade.sources.strings import Strings
 
@@ -191,7 +191,20 @@ class Rows(Source):
         if not self.texts:
             return ()
         found = [self._cell(index, column) for column in self.columns.captions]
-        return tuple(text for scalar in found for text in _texts(scalar))
+        return tuple(text[: READ + 1] for scalar in found for text in _texts(scalar))
+
+    def text(self, index: int) -> bytes:
+        """All its texts in full, a line each."""
+        found = [self._cell(index, column) for column in self.columns.captions]
+        return b"\n".join(text for scalar in found for text in _texts(scalar))
+
+    def lengths(self) -> Iterator[int]:
+        """How many bytes `text` has of each row, in order. Raises `SaccadeError`."""
+        for file in self.files:
+            columns = [_lengths(Path(self.root, file), column) for column in self.columns.captions]
+            for several in zip(*columns, strict=True):
+                there = [length for length in several if length is not None]
+                yield sum(there) + max(0, len(there) - 1)
 
     def content(self, index: int) -> bytes:
         pictures = () if self.columns.picture is None else (self._picture(index),)
@@ -244,7 +257,7 @@ def _texts(scalar: Any) -> list[bytes]:
     kind = pyarrow.types
     if kind.is_dictionary(scalar.type):
         return _texts(scalar.value)
-    return [bytes(scalar.as_buffer()[: READ + 1])] if _is_text(scalar.type) else [encoded(scalar.as_py())]
+    return [bytes(scalar.as_buffer())] if _is_text(scalar.type) else [encoded(scalar.as_py())]
 
 
 def _is_list(kind: Any) -> bool:
@@ -321,12 +334,12 @@ def _columns(path: Path, schema: Any, pictures: bool, texts: bool) -> Columns:
     label = next((name for name in _LABELS if name in names), classed[0] if len(classed) == 1 else None)
     classes = features.get(label or "", {}).get("names", ())
     kinds = {one.name: one.type.value_type if _is_list(one.type) else one.type for one in schema}
-    captions = chosen(name for name, kind in kinds.items() if _is_text(kind) and name != label) if texts else []
+    worded = [name for name, kind in kinds.items() if _is_text(kind) and name != label]
+    captions = chosen(worded, CAPTIONS if pictures else TEXTS) if texts else []
     if texts and not captions:
+        what, hint = ("captions", "`caption` (or `caption1`, `caption2`, …)") if pictures else ("texts", "`text`")
         raise SaccadeError(
-            f"{path} has no captions, only {', '.join(names)}",
-            path=path,
-            hint="name their column `caption` (or `caption1`, `caption2`, …)",
+            f"{path} has no {what}, only {', '.join(names)}", path=path, hint=f"name their column {hint}"
         )
     every = tuple(name for name in names if name not in {*found, *captions})
     is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -336,16 +349,28 @@ def _columns(path: Path, schema: Any, pictures: bool, texts: bool) -> Columns:
     )  # fmt: skip
 
 
-def _cells(path: Path, column: str, classes: Sequence[str]) -> Iterator[str]:
-    """All cells of a column as strings, "" for nothing; a number of a class by its name. Raises `SaccadeError`."""
+def _scalars(path: Path, column: str, rows: int) -> Iterator[Any]:
+    """All cells of a column, so many read at a time. Raises `SaccadeError`."""
     from pyarrow import ArrowException
 
     try:
-        for batch in _file(str(path)).iter_batches(batch_size=4096, columns=[column], use_threads=False):
-            yield from (_cell(scalar, classes) for scalar in _leaf(batch.column(0)))
+        for batch in _file(str(path)).iter_batches(batch_size=rows, columns=[column], use_threads=False):
+            yield from _leaf(batch.column(0))
     except (ArrowException, OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise SaccadeError(f"cannot read the column {column!r} of {path}: {said[:200]}", path=path) from None
+
+
+def _cells(path: Path, column: str, classes: Sequence[str]) -> Iterator[str]:
+    """All cells of a column as strings, "" for nothing; a number of a class by its name. Raises `SaccadeError`."""
+    return (_cell(scalar, classes) for scalar in _scalars(path, column, 4096))
+
+
+def _lengths(path: Path, column: str) -> Iterator[int | None]:
+    """Bytes of the texts of each cell, a line each; None where there is none. Raises `SaccadeError`."""
+    for scalar in _scalars(path, column, ROWS):
+        texts = _texts(scalar)
+        yield sum(map(len, texts)) + len(texts) - 1 if texts else None
 
 
 def _cell(scalar: Any, classes: Sequence[str]) -> str:
