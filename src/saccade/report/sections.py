@@ -66,7 +66,7 @@ class Measure(NamedTuple):
 _LOSS = Measure("loss", "Loss", "", floor=None)
 _WAYS = (
     Measure("gradient_norm", "Gradient norm", "before clipping", floor=None),
-    Measure("images_per_second", "Speed", "images a second"),
+    Measure("images_per_second", "Speed", "samples a second"),
     Measure("data_wait", "Waiting for data", "part of the time", percent=True),
 )
 _HEALTH = (
