@@ -251,7 +251,7 @@ BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published nam
 class RunArguments(Settings):
     """What every run can be told, whichever recipe it follows."""
 
-    data: WordList = Field(min_length=1, description="folders, list files or tar shards; several are mixed")
+    data: WordList = Field(min_length=1, description="folders, list files, tar shards or Parquet; several are mixed")
     out: str = Field(description="run directory; the same command on it goes on where it stopped")
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
@@ -351,7 +351,7 @@ class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
     backbone: Word = Field(description=BACKBONE)
-    data: WordList = Field(min_length=1, description="folders, list files or tar shards")
+    data: WordList = Field(min_length=1, description="folders, list files, tar shards or Parquet")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
         None,
