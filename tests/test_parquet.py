@@ -18,8 +18,7 @@ from saccade.draws import Order
 from saccade.errors import SaccadeError, Unreadable
 from saccade.evaluate.labelled import read_labelled
 from saccade.evaluate.shared import test_side as side_of
-from saccade.sources import Rows, open_source
-from saccade.sources import parquet as page
+from saccade.sources import Rows, open_source, row_groups
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -124,8 +123,8 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_held_is_bounded_and_rows_come_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "ROWS", 8)
-    monkeypatch.setattr(page, "HELD", 30_000)
+    monkeypatch.setattr(row_groups, "ROWS", 8)
+    monkeypatch.setattr(row_groups, "HELD", 30_000)
     noise = torch.Generator().manual_seed(0)
     data = [bytes(torch.randint(0, 256, (1000,), generator=noise, dtype=torch.uint8).tolist()) for _ in range(200)]
     path = written(tmp_path / "d.parquet", {"image": data}, 90)
@@ -136,14 +135,14 @@ def test_what_is_held_is_bounded_and_rows_come_in_any_order(tmp_path: Path, monk
         assert source.content(index) == data[index]
         assert source.recent._bytes == sum(block.nbytes for block in source.recent._blocks.values()) <= 30_000
     read = 0
-    plain = page.Recent._keep
+    plain = row_groups.Recent._keep
 
     def counted(self: Any, key: Any, block: Any) -> None:
         nonlocal read
         read += len(block)
         plain(self, key, block)
 
-    monkeypatch.setattr(page.Recent, "_keep", counted)
+    monkeypatch.setattr(row_groups.Recent, "_keep", counted)
     fresh = open_source(path)
     assert [fresh.content(index) for index in range(200)] == data and read == 200, "in order nothing is read twice"
 

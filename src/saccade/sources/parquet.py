@@ -9,118 +9,25 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from saccade.data import Sample, Source
 from saccade.decode import decode
 from saccade.errors import SaccadeError, Unreadable, say
 from saccade.sources.captions import CAPTIONS, READ, TEXTS, chosen, encoded, usable
 from saccade.sources.files import group_of
+from saccade.sources.row_groups import ROWS, Place, Recent, file_of, leaf
 from saccade.sources.strings import Strings
 
-HELD = 1 << 26
-"""Bytes of rows that were read last, and are kept in each process."""
-ROWS = 64
-"""Rows that are read together: of a dictionary page each may be as long as the longest."""
-_OPEN = 8
 _LARGE = 1 << 28
 _NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 """Which column is the picture where several hold bytes."""
 _LABELS = ("label", "labels", "class")
-
-
-class Place(NamedTuple):
-    """A column of a row group of a file."""
-
-    path: str
-    group: int
-    column: str
-
-
-class Recent:
-    """Cells of Parquet files, by way of the rows that were read last. A copy, or a forked process, begins anew."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def __reduce__(self) -> tuple[type[Recent], tuple[()]]:
-        return Recent, ()
-
-    def _begin(self) -> None:
-        self._process, self._lock = os.getpid(), threading.Lock()
-        self._files: OrderedDict[str, Any] = OrderedDict()
-        self._ahead: OrderedDict[Place, tuple[int, Iterator[Any]]] = OrderedDict()  # the next block, and what reads it
-        self._blocks: OrderedDict[tuple[Place, int], Any] = OrderedDict()
-        self._bytes = 0
-
-    def cell(self, place: Place, row: int) -> Any:
-        """What the row of the group holds, as a scalar of pyarrow. Raises its errors, and `ValueError`."""
-        if self._process != os.getpid():
-            self._begin()
-        with self._lock:
-            number, inner = divmod(row, ROWS)
-            block = self._blocks.get((place, number))
-            if block is None:
-                block = self._read(place, number)
-            self._blocks.move_to_end((place, number))
-            return block[inner]
-
-    def _read(self, place: Place, number: int) -> Any:
-        first, blocks = self._ahead.pop(place, (0, None))
-        if blocks is None or first > number:
-            first, blocks = 0, self._opened(place.path).iter_batches(
-                batch_size=ROWS, row_groups=[place.group], columns=[place.column], use_threads=False
-            )  # fmt: skip
-        rows = self._opened(place.path).metadata.row_group(place.group).num_rows
-        for at in range(first, number + 1):
-            batch = next(blocks, None)
-            if batch is None or batch.num_rows != min(ROWS, rows - at * ROWS):
-                raise ValueError(f"row group {place.group} has fewer rows than it says")
-            self._keep((place, at), _leaf(batch.column(0)))
-        self._ahead[place] = number + 1, blocks
-        _fewer(self._ahead)
-        return self._blocks[place, number]
-
-    def _keep(self, key: tuple[Place, int], block: Any) -> None:
-        self._bytes += block.nbytes - (self._blocks[key].nbytes if key in self._blocks else 0)
-        self._blocks[key] = block
-        while self._bytes > HELD and len(self._blocks) > 1:
-            self._bytes -= self._blocks.popitem(last=False)[1].nbytes
-
-    def _opened(self, path: str) -> Any:
-        if path not in self._files:
-            self._files[path] = _file(path)
-            _fewer(self._files)
-        self._files.move_to_end(path)
-        return self._files[path]
-
-
-def _fewer(some: OrderedDict[Any, Any]) -> None:
-    while len(some) > _OPEN:
-        some.popitem(last=False)
-
-
-def _leaf(column: Any) -> Any:
-    """The one field that was asked for of records; null where the record is."""
-    import pyarrow
-
-    return column.flatten()[0] if pyarrow.types.is_struct(column.type) else column
-
-
-def _file(path: str) -> Any:
-    """A Parquet file whose pages are read as they are needed. Raises pyarrow's errors, and `OSError`."""
-    from pyarrow import parquet
-
-    if not os.path.isfile(path):
-        raise OSError(f"{path} is not a regular file")
-    return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
 
 
 @dataclass(frozen=True)
@@ -285,7 +192,7 @@ def schema_of(path: Path) -> Any:
     except ImportError:
         raise SaccadeError("reading Parquet needs pyarrow", path=path, hint="pip install 'saccade[parquet]'") from None
     try:
-        return _file(str(path)).schema_arrow
+        return file_of(str(path)).schema_arrow
     except (ArrowException, OSError, ValueError) as error:
         raise SaccadeError(f"cannot read {path}: {error}", path=path, hint="copy or make it again") from None
 
@@ -354,8 +261,8 @@ def _scalars(path: Path, column: str, rows: int) -> Iterator[Any]:
     from pyarrow import ArrowException
 
     try:
-        for batch in _file(str(path)).iter_batches(batch_size=rows, columns=[column], use_threads=False):
-            yield from _leaf(batch.column(0))
+        for batch in file_of(str(path)).iter_batches(batch_size=rows, columns=[column], use_threads=False):
+            yield from leaf(batch.column(0))
     except (ArrowException, OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise SaccadeError(f"cannot read the column {column!r} of {path}: {said[:200]}", path=path) from None
@@ -397,7 +304,7 @@ def open_rows(
         if number and _columns(path, schema_of(path), pictures, texts) != columns:
             raise SaccadeError(f"{path} has other columns than {files[0]}", path=path, hint="read them one by one")
         starts.append(sum(rows))
-        metadata = _file(str(path)).metadata
+        metadata = file_of(str(path)).metadata
         for group in range(metadata.num_row_groups):
             facts = metadata.row_group(group)
             if facts.num_rows:
