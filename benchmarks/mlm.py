@@ -141,7 +141,7 @@ def one_run(texts: Path, seed: int, asked: argparse.Namespace, flags: list[str])
             "evaluate", str(run), str(texts / "probe"), "--tasks", "knn,linear,masked", "--seed", str(seed)
         )
         told = {name: made[name] for name in ("steps", "seconds", "loss")} | {"health": made["health"]["verdict"]}
-        answer.write_text(json.dumps(told | scores))
+        answer.write_text(json.dumps(scores | told))
     found: dict[str, Any] = json.loads(answer.read_text())
     return found
 
