@@ -264,13 +264,20 @@ def test_public_names() -> None:
         "embed",
         "evaluate",
         "export",
+        "finetune",
         "load",
+        "predict",
         "pretrain",
     }
     assert set(saccade.__all__) <= set(dir(saccade))
     for name in saccade.__all__:
         assert not isinstance(getattr(saccade, name), ModuleType), f"saccade.{name} must not be its page"
-    for verb in ("adapt", "embed", "evaluate"):  # whoever imports the page of a verb, the name stays the verb
+    for verb in (
+        "adapt",
+        "embed",
+        "evaluate",
+        "finetune",
+    ):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
         assert not isinstance(vars(saccade).get(verb), ModuleType), verb
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
@@ -283,6 +290,8 @@ def test_verbs_of_the_interface() -> None:
         "pretrain",
         "adapt",
         "evaluate",
+        "finetune",
+        "predict",
         "embed",
         "search",
         "models",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
     from saccade.export import export as export
+    from saccade.finetune import finetune as finetune
+    from saccade.finetune import predict as predict
     from saccade.own import Own as Own
     from saccade.run import Run as Run
     from saccade.search import Hit as Hit
@@ -39,7 +41,9 @@ _HOMES = {
     "embed": "embed",
     "evaluate": "evaluate",
     "export": "export",
+    "finetune": "finetune",
     "load": "weights",
+    "predict": "finetune",
     "pretrain": "train",
 }
 
@@ -56,7 +60,9 @@ __all__ = [
     "embed",
     "evaluate",
     "export",
+    "finetune",
     "load",
+    "predict",
     "pretrain",
 ]
 

@@ -35,13 +35,16 @@ from saccade.settings import (
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
+    FinetuneArguments,
     ModelsArguments,
+    PredictArguments,
     PretrainArguments,
     RunArguments,
     SearchArguments,
     Settings,
     TourArguments,
     Training,
+    TuningSettings,
     checked,
     flag,
     from_file,
@@ -107,6 +110,18 @@ def _export(values: Values) -> Mapping[str, Any]:
     return export(values.pop("backbone"), **values)
 
 
+def _finetune(values: Values) -> Mapping[str, Any]:
+    from saccade.finetune import finetune
+
+    return finetune(values.pop("backbone"), values.pop("data"), **values).summary
+
+
+def _predict(values: Values) -> Mapping[str, Any]:
+    from saccade.finetune import predict
+
+    return predict(values.pop("run"), values.pop("data"), **values)
+
+
 def _tour(values: Values) -> Mapping[str, Any]:
     from saccade.tour import tour
 
@@ -118,6 +133,8 @@ VERBS = {
     "pretrain": Verb(PretrainArguments, ("data",), _pretrain),
     "adapt": Verb(AdaptArguments, ("data",), _adapt),
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
+    "finetune": Verb(FinetuneArguments, ("backbone", "data"), _finetune, lambda result: _tuned(result)),
+    "predict": Verb(PredictArguments, ("run", "data"), _predict, lambda result: _predicted(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
@@ -187,6 +204,8 @@ def _read(name: str, verb: Verb, typed: list[str]) -> Values:
     """The typed after a verb as validated values. Raises `SaccadeError`."""
     if issubclass(verb.arguments, RunArguments):
         return _read_run(name, verb.arguments, typed)
+    if verb.arguments is FinetuneArguments:
+        return _read_task(name, typed)
     said = _parse(name, verb.arguments, typed, verb.arguments.model_fields, _defaults(verb.arguments))
     return dict(checked(verb.arguments, said, owner=name))
 
@@ -221,6 +240,35 @@ def _read_run(name: str, model: type[RunArguments], typed: list[str]) -> Values:
     config = configure(recipe, settings, also=own)[1]
     arguments = checked(model, _without({**given, **said}, settings), owner=name)
     return {**dict(arguments), **{setting: getattr(config, setting) for setting in settings}}
+
+
+def _read_task(name: str, typed: list[str]) -> Values:
+    """The verb's arguments, its task's settings and tuning's: flags over the file. Raises `SaccadeError`."""
+    own = FinetuneArguments.model_fields
+    path = _after(typed, "--config")
+    given = from_file(path) if path else {}
+    task = _after(typed, "--task") or given.get("task")
+    fields = {**own, "config": _CONFIG, **_free(TuningSettings.model_fields)}
+    mode = _after(typed, "--mode") or given.get("mode") or own["mode"].default
+    fresh = "--from-scratch" in typed or bool(given.get("from_scratch"))
+    defaults = _defaults(TuningSettings) | TuningSettings.usual(str(mode), fresh) | _defaults(FinetuneArguments) | given
+    if task is None and {"-h", "--help"} & set(typed):
+        _parse(name, FinetuneArguments, typed, fields, defaults)
+
+    from saccade.finetune.task import find
+
+    settings = find(str(task or own["task"].default)).settings
+    fields |= settings.model_fields
+    said = _parse(name, FinetuneArguments, typed, fields, {**defaults, **_defaults(settings), **given})
+    said.pop("config", None)
+    given = {**given, **said}
+    checked(FinetuneArguments, {key: value for key, value in given.items() if key in own}, owner=name)
+    return given
+
+
+def _free(fields: Mapping[str, FieldInfo]) -> dict[str, FieldInfo]:
+    """Of tuning's settings those that the backbone and the verb do not say."""
+    return _without(fields, ("arch", "image_size", "channels", "seed"))
 
 
 _CONFIG = FieldInfo(annotation=str, default=None, description="YAML file with any of these settings; flags win over it")
@@ -379,6 +427,21 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield from (f"{indent}  {_short(row)}" for row in part)
         elif key != "ok" and part not in (None, [], {}):
             yield f"{indent}{key}  {_short(part)}"
+
+
+def _tuned(result: Mapping[str, Any]) -> str:
+    """What a task's model scores beside what must be beaten; long tables stand in the report."""
+    test = {name: value for name, value in result["test"].items() if name not in ("classes", "confusion", "worst")}
+    shown = {**result, "test": test}
+    chosen = {name: value for name, value in result["chosen"].items() if name not in ("evaluations", "poolings")}
+    return "\n".join(_lines({**shown, "chosen": chosen}))
+
+
+def _predicted(result: Mapping[str, Any]) -> str:
+    """What was said, without the long tables of its scores."""
+    left = ("classes", "confusion", "worst")
+    scores = {name: value for name, value in result.get("scores", {}).items() if name not in left}
+    return "\n".join(_lines({**result, "scores": scores}))
 
 
 def _scores(result: Mapping[str, Any]) -> str:

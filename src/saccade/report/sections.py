@@ -389,7 +389,7 @@ def record(run: Run) -> Section:
     last = sessions[-1] if sessions else {}
     facts = [
         ("Recipe", text_of(config.get("recipe"))),
-        ("Data", ", ".join(map(str, config.get("data", [])))),
+        ("Data", text_of(config.get("data"))),
         ("Samples", f"{data['samples']:,}" if "samples" in data else ""),
         ("Data fingerprint", text_of(data.get("fingerprint"))),
         ("Initial weights", _origin(initial)),
