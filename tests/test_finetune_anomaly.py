@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from saccade.embed import examining
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.finetune import curves, heatmap, memory, task
@@ -50,9 +53,9 @@ def test_auroc_and_average_precision_are_what_they_say() -> None:
 
 def test_measures_of_one_kind_alone_are_not_defined() -> None:
     drawn = curves.resampled(["a", "b", "c"], 0)
+    odd = np.zeros(3, dtype=bool)
     for measure in (curves.auroc, curves.average_precision):
-        odd = np.zeros(3, dtype=bool)
-        value, between = curves.told(lambda w, m=measure: m(np.arange(3.0), odd, w), drawn)  # type: ignore[misc]
+        value, between = curves.told(functools.partial(measure, np.arange(3.0), odd), drawn)
         assert value is None and between is None
 
 
@@ -104,7 +107,7 @@ def test_pixel_auroc_and_per_region_overlap_are_what_they_say() -> None:
             break
     (x0, y0), (x1, y1) = points[-2:]
     points[-1] = (curves.LIMIT, y0 + (curves.LIMIT - x0) / (x1 - x0) * (y1 - y0))
-    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(points, points[1:], strict=False))
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
     assert pixels.pro(once)[0] == pytest.approx(100 * area / curves.LIMIT, abs=0.05)
     doubled = Pixels(low, high)
     for place in (0, 0, 2):
@@ -254,15 +257,11 @@ def asked(data: Path, **more: Any) -> FinetuneArguments:
     return FinetuneArguments(backbone="b", data=str(data), task="anomaly", out="o", **more)
 
 
-def examined(
-    encoder: Encoder, data: Path, folder: Path | None = None, group_by: str | None = None, **flags: Any
-) -> Any:
+def examined(encoder: Encoder, data: Path, folder: Path | None = None, **flags: Any) -> Any:
     """What the verb does with a page, as far as the page is concerned."""
-    from saccade.embed import examining
-
     settings = anomaly.Settings(**flags)
-    examples = anomaly.read(str(data), encoder, asked(data, group_by=group_by), settings)
-    seen = anomaly.see(encoder, examples, settings, asked(data, group_by=group_by))
+    examples = anomaly.read(str(data), encoder, asked(data), settings)
+    seen = anomaly.see(encoder, examples, settings, asked(data))
     with torch.inference_mode():
         fitted = anomaly.fit(seen, examples, settings)
     head, told = fitted.head, []
@@ -401,7 +400,7 @@ def test_what_is_normal_must_be_known(tmp_path: Path, encoder: Encoder) -> None:
     for name in ("red", "blue"):
         picture(tmp_path / f"two/train/{name}/0.png", 1)
     picture(tmp_path / "one/train/good/0.png", 1)
-    with pytest.raises(SaccadeError, match="which class .* is normal is not said") as error:
+    with pytest.raises(SaccadeError, match=r"which class .* is normal is not said") as error:
         read(tmp_path / "two")
     assert error.value.hint is not None and "blue, red" in error.value.hint
     with pytest.raises(SaccadeError, match="did you mean 'blue'"):
