@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 from saccade.embed import examining
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
-from saccade.finetune import curves, heatmap, memory, task
+from saccade.finetune import curves, finetune, heatmap, memory, predict, task
 from saccade.finetune.curves import Pixels, Threshold
 from saccade.finetune.normal import read_normal
 from saccade.finetune.tasks import anomaly
@@ -287,7 +288,7 @@ def test_spots_are_found_by_normal_pictures_alone(encoder: Encoder, pack: Path, 
     assert "cannot be vouched for with 24" in examples.warnings[0]
     for one in told:
         assert one["predicted"] == ("anomalous" if one["_score"] > one["threshold"] else "normal")
-        with Image.open(one["heatmap"]) as image:
+        with Image.open(tmp_path / one["heatmap"]) as image:
             assert image.size == (40, 40) and image.mode == "I;16"
     head = anomaly.Head(**fitted.head.config())  # as it comes back from disk
     head.load_state_dict(fitted.head.state_dict())
@@ -313,7 +314,7 @@ def test_every_picture_held_out_is_scored_without_its_group(encoder: Encoder, pa
 
 @pytest.mark.parametrize("score", ["patches", "vector", "both"])
 def test_every_flag_is_read(encoder: Encoder, pack: Path, score: str) -> None:
-    settings = anomaly.Settings(score=score, average=3, neighbours=2, top=0.5, memory=50, baselines=False)
+    settings = anomaly.Settings(score=score, smooth=3, neighbours=2, top=0.5, memory=50, baselines=False)
     examples = anomaly.read(str(pack), encoder, asked(pack), settings)
     seen = anomaly.see(encoder, examples, settings, asked(pack))
     with torch.inference_mode():
@@ -408,4 +409,26 @@ def test_what_is_normal_must_be_known(tmp_path: Path, encoder: Encoder) -> None:
     with pytest.raises(SaccadeError, match="1 normal picture to learn from"):
         read(tmp_path / "one")
     with pytest.raises(SaccadeError, match="odd number"):
-        anomaly.read(str(tmp_path / "one"), encoder, asked(tmp_path), anomaly.Settings(average=2))
+        anomaly.read(str(tmp_path / "one"), encoder, asked(tmp_path), anomaly.Settings(smooth=2))
+
+
+def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_path: Path) -> None:
+    run = finetune(encoder, pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
+    found = run.summary
+    assert found["test"]["auroc"] > 90 and found["chosen"]["false_alarms"]["asked"] == 20
+    assert any("cannot be vouched for" in line for line in found["warnings"])
+    lines = [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and all((run.path / line["heatmap"]).is_file() for line in lines)
+    assert "AUROC by picture" in (run.path / "report.html").read_text()
+    again = predict(run, pack / "test", out=tmp_path / "said")
+    assert again["predicted"].keys() == {"normal", "anomalous"}
+    said = [json.loads(line) for line in (tmp_path / "said/predictions.jsonl").read_text().splitlines()]
+    assert {f"test/{line['key']}": line["score"] for line in said} == pytest.approx(
+        {line["key"]: line["score"] for line in lines}, abs=1e-4
+    )
+    assert again["scores"]["auroc"] == pytest.approx(found["test"]["auroc"])
+    assert (tmp_path / "said" / said[0]["heatmap"]).is_file()
+    alone = predict(run, pack / "test/spot")  # nothing there is known to be normal
+    assert "scores" not in alone and alone["pictures"] == 8
+    with pytest.raises(SaccadeError, match="cannot move a backbone: it learns from normal pictures alone"):
+        finetune(encoder, pack, out=tmp_path / "other", task="anomaly", mode="full")

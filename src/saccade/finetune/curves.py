@@ -186,6 +186,15 @@ def _at_most(k: int, n: int, p: float) -> float:
     return min(1.0, sum(map(math.exp, each)))
 
 
+def share(k: int, n: int) -> tuple[float | None, list[float] | None]:
+    """k of n, and the exact interval of 95 in 100 (Clopper and Pearson); None of nothing."""
+    if not n:
+        return None, None
+    tail = (1 + CONFIDENCE) / 2
+    low, high = 1 - rate_at(n - k, n, tail), rate_at(k, n, tail)
+    return round(100 * k / n, 3), [round(100 * low, 3), round(100 * high, 3)]
+
+
 def needed(rate: float) -> int:
     """Held-out normal pictures, none of them above the threshold, that vouch for a false-alarm rate."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-rate))

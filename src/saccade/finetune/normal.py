@@ -68,7 +68,7 @@ def read_normal(
     train, test = _parts(keys, places, shown, groups, aside, said)
     train = _at_most(train, keys, pictures, said)
     _check(train, test, shown, keys, groups, data, said)
-    counts = Counter(shown[row].label for row in test.tolist())  # type: ignore[union-attr]
+    counts = Counter(shown[row].label for row in test.tolist())
     masked = sum(1 for row in test.tolist() if (one := shown[row]) and one.mask)
     split = {"train": len(train), "test": len(test), "of_test": dict(sorted(counts.items())), "with_masks": masked}
     facts = {"normal": usual if usual is not None else NORMAL[1]}

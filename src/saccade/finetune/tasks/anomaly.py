@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,21 +21,24 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.backbone import known
-from saccade.embed import Look, Tokens, examining, read_pictures
+from saccade import backbone
+from saccade.data import Source
+from saccade.embed import Look, Tokens, device, examining, read_pictures
 from saccade.encoder import Encoder, untrained
 from saccade.errors import SaccadeError, Unreadable
 from saccade.evaluate.segmentation import sides
-from saccade.finetune import curves, heatmap, memory, task
+from saccade.finetune import curves, heatmap, memory, shown, task
 from saccade.finetune.curves import Threshold
 from saccade.finetune.folds import folds
 from saccade.finetune.normal import Shown, read_mask, read_normal
+from saccade.report.page import Bar, Bars, Cards, Comparison, Section
 from saccade.settings import FinetuneArguments
 from saccade.vit import Features
 
 FROZEN = "it learns from normal pictures alone, and nothing there says which way a backbone should move"
-PRETRAINED = "pretrained"
+PRETRAINED, HEATMAPS = "pretrained", "heatmaps"
 _BATCH = 8
+_SHOWN = 24
 _THUMB = 4  # pixels a side to which a patch is shrunk for the raw-pixel baseline
 
 
@@ -48,7 +52,7 @@ class Settings(task.TaskSettings):
     )
     memory: int = Field(10_000, ge=1, description="patches remembered, at most: a core-set of all")
     neighbours: int = Field(1, ge=1, description="nearest patches of the memory whose distance is averaged")
-    average: int = Field(1, ge=1, description="patches a side over which features are averaged first; odd")
+    smooth: int = Field(1, ge=1, description="patches a side over which features are averaged first; odd")
     top: float = Field(0.05, gt=0, le=1, description="share of a picture's patches, the farthest, that score it")
     pictures: int = Field(2000, ge=2, description="normal pictures learned from, at most")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
@@ -58,8 +62,8 @@ def read(data: Any, encoder: Encoder, asked: FinetuneArguments, settings: Settin
     """Normal pictures to learn from and others to be examined (`normal`). Raises `SaccadeError`."""
     if not encoder.grid or not all(encoder.grid):
         raise SaccadeError("this backbone gives one vector and no patches", path="--task", hint="use a ViT or a ResNet")
-    if settings.average % 2 == 0:
-        raise SaccadeError("patches are averaged around one: an odd number", path="--average", hint="--average 3")
+    if settings.smooth % 2 == 0:
+        raise SaccadeError("patches are averaged around one: an odd number", path="--smooth", hint="--smooth 3")
     return read_normal(
         data, normal=settings.normal, pictures=settings.pictures, group_by=asked.group_by,
         channels=encoder.preprocess.channels,
@@ -75,7 +79,7 @@ class Grid:
 
     def features(self) -> Features:
         """As an encoder says it, of a batch of one."""
-        x = self.patches[None].float()
+        x = self.patches[None].to(device()).float()
         return Features(None, x[:, :0], x, x.new_zeros(1, x.shape[1], 2), self.grid)
 
 
@@ -95,7 +99,7 @@ class Seen:
 def see(encoder: Encoder, examples: task.Examples, settings: Settings, asked: FinetuneArguments) -> Seen:
     """Looks at train once; the baselines look at test too, which the model itself does later."""
     found, beside = Seen({}, {}, [], [], [], asked.seed), dict[str, Encoder]()
-    if settings.baselines and known(encoder.backbone):
+    if settings.baselines and backbone.known(encoder.backbone):
         beside["untrained"] = untrained(encoder, asked.seed).to(encoder.device)
     test = examples.test if settings.baselines else examples.test[:0]
     with examining(encoder) as look:
@@ -170,12 +174,12 @@ class Head(task.Head):
     unit: Tensor
 
     def __init__(
-        self, *, remembered: int, width: int, score: str, top: float, neighbours: int, average: int, length: bool
+        self, *, remembered: int, width: int, score: str, top: float, neighbours: int, smooth: int, length: bool
     ):
         super().__init__()
         self._config = {"remembered": remembered, "width": width, "score": score, "top": top,
-                        "neighbours": neighbours, "average": average, "length": length}  # fmt: skip
-        self.score_of, self.top, self.neighbours, self.average, self.length = score, top, neighbours, average, length
+                        "neighbours": neighbours, "smooth": smooth, "length": length}  # fmt: skip
+        self.score_of, self.top, self.neighbours, self.smooth, self.length = score, top, neighbours, smooth, length
         self.register_buffer("memory", torch.zeros(remembered, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("whitening", torch.zeros(width, width))
@@ -190,9 +194,9 @@ class Head(task.Head):
     def prepared(self, features: Features) -> Float[Tensor, "b n d"]:
         """Patches as the memory holds them: averaged with their neighbours if asked, of length 1."""
         x = features.patches
-        if self.average > 1:
+        if self.smooth > 1:
             maps = x.mT.unflatten(2, features.grid)
-            x = F.avg_pool2d(maps, self.average, 1, self.average // 2, count_include_pad=False).flatten(2).mT
+            x = F.avg_pool2d(maps, self.smooth, 1, self.smooth // 2, count_include_pad=False).flatten(2).mT
         return F.normalize(x, dim=-1) if self.length else x
 
     def vector(self, features: Features) -> Float[Tensor, "b d"]:
@@ -232,7 +236,7 @@ class Head(task.Head):
     def told(
         self, outputs: Sequence[Tensor], pictures: Sequence[task.Picture], folder: Path | None
     ) -> list[dict[str, Any]]:
-        """Score, verdict and threshold of each picture; its heatmap, smoothed, goes into `folder` as a 16-bit PNG."""
+        """Score, verdict and threshold of each picture; its heatmap, a 16-bit PNG, goes into `folder`/heatmaps."""
         return [self._told(one, picture, folder) for one, picture in zip(outputs, pictures, strict=True)]
 
     def _told(self, output: Tensor, picture: task.Picture, folder: Path | None) -> dict[str, Any]:
@@ -244,11 +248,11 @@ class Head(task.Head):
         if isinstance(picture.target, Shown):
             said |= {"label": picture.target.label, "anomalous": picture.target.anomalous}
         if folder is not None:
-            file = folder / heatmap.name_of(picture.key)
-            heatmap.write(file, heatmap.enlarged(output[0], picture.size), float(self.unit))
-            said |= {"heatmap": str(file), "unit": round(float(self.unit), 6)}
+            file = f"{HEATMAPS}/{heatmap.name_of(picture.key)}"
+            heatmap.write(folder / file, heatmap.enlarged(output[0], picture.size), float(self.unit))
+            said |= {"heatmap": file, "unit": round(float(self.unit), 6)}
         return said | {"_score": score, "_map": output[0], "_key": picture.key, "_size": picture.size,
-                       "_shown": picture.target}  # fmt: skip
+                       "_shown": picture.target, "_threshold": float(self.threshold)}  # fmt: skip
 
 
 def farthest(distances: Float[Tensor, "b n"], top: float) -> Float[Tensor, " b"]:
@@ -259,7 +263,7 @@ def farthest(distances: Float[Tensor, "b n"], top: float) -> Float[Tensor, " b"]
 
 def fit(seen: Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
     """Memory, Gaussian and threshold of the encoder; nothing but normal pictures is asked."""
-    names = [(examples.keys if examples.groups is None else examples.groups)[row] for row in seen.train_rows]
+    names = examples.names(np.array(seen.train_rows))
     head, threshold = learn(seen.train[PRETRAINED], names, settings, seen.seed, grouped=examples.groups is not None)
     seen.heads[PRETRAINED] = head
     if not threshold.report()["vouched"]:
@@ -277,7 +281,7 @@ def learn(
     `length`: vectors are brought to length 1, as those of networks are and colours are not.
     """
     knobs = {"score": settings.score, "top": settings.top, "neighbours": settings.neighbours,
-             "average": settings.average, "length": length}  # fmt: skip
+             "smooth": settings.smooth, "length": length}  # fmt: skip
     apart = [np.flatnonzero(out) for out in folds(names, np.zeros(len(names), dtype=bool))]
     held = np.concatenate(apart)
     local, whole, peaks = [], [], []
@@ -292,12 +296,12 @@ def learn(
     head = _memory(grids, settings.memory, seed, knobs)
     both = torch.tensor([local, whole])
     head.usual = torch.stack([both.mean(dim=1), both.std(dim=1).clamp_min(1e-6)], dim=1)
-    scores = head.joined(both[0], both[1]).double().numpy()
+    scores = head.cpu().joined(both[0], both[1]).double().numpy()
     groups = [names[place] for place in held.tolist()] if grouped else None
     threshold = Threshold.of(scores, settings.false_alarms, groups)
     head.threshold = torch.tensor(threshold.value)
     head.unit = torch.tensor(Threshold.of(np.array(peaks), settings.false_alarms).value)
-    return head, threshold
+    return head.to(device()), threshold
 
 
 def _memory(grids: Sequence[Grid], count: int, seed: int, knobs: Mapping[str, Any]) -> Head:
@@ -313,22 +317,20 @@ def _memory(grids: Sequence[Grid], count: int, seed: int, knobs: Mapping[str, An
     return head.eval()
 
 
-def measure(
-    told: list[dict[str, Any]], seen: Seen, examples: task.Examples, settings: Settings
-) -> dict[str, Any]:  # fmt: skip
+def measure(told: list[dict[str, Any]], seen: Seen, examples: task.Examples, settings: Settings) -> dict[str, Any]:
     """Scores of test in percent, with the bounds of 95 of 100 bootstrap draws over pictures (groups)."""
-    shown = {one["_key"]: one for one in told}
-    if not shown:
+    lines = {one["_key"]: one for one in told}
+    if not lines:
         return {"examined": 0}
-    keys, row_of = list(shown), {key: row for row, key in enumerate(examples.keys)}
-    names = [(examples.keys if examples.groups is None else examples.groups)[row_of[key]] for key in keys]
+    keys, row_of = list(lines), {key: row for row, key in enumerate(examples.keys)}
+    names = examples.names(np.array([row_of[key] for key in keys]))
     drawn = curves.resampled(names, seen.seed)
     lost: dict[str, str] = {}
-    masks = _Masks([shown[key]["_shown"] for key in keys], [shown[key]["_size"] for key in keys], keys, lost)
-    ours = _Scored(np.array([one["_score"] for one in shown.values()]), [one["_map"] for one in shown.values()],
+    masks = _Masks([lines[key]["_shown"] for key in keys], [lines[key]["_size"] for key in keys], keys, lost)
+    ours = _Scored(np.array([one["_score"] for one in lines.values()]), [one["_map"] for one in lines.values()],
                    float(seen.heads[PRETRAINED].threshold))  # fmt: skip
     beside = {name: _baseline(name, seen, examples, settings, keys) for name in seen.test}
-    anomalous = np.array([one["_shown"].anomalous for one in shown.values()])
+    anomalous = np.array([one["_shown"].anomalous for one in lines.values()])
     found: dict[str, Any] = {"examined": len(keys), **_report(ours, anomalous, masks, drawn)}
     whole = {name: one for name, one in beside.items() if one is not None}
     if whole:
@@ -378,33 +380,28 @@ class _Masks:
 
 def _baseline(
     name: str, seen: Seen, examples: task.Examples, settings: Settings, keys: Sequence[str]
-) -> _Scored | None:  # fmt: skip
+) -> _Scored | None:
     """The same method on other features; None where a picture could not be looked at."""
-    names = [(examples.keys if examples.groups is None else examples.groups)[row] for row in seen.train_rows]
+    names = examples.names(np.array(seen.train_rows))
     length = name == "untrained"
     head, _ = learn(seen.train[name], names, settings, seen.seed, grouped=examples.groups is not None, length=length)
     of = {examples.keys[row]: grid for row, grid in zip(seen.test_rows, seen.test[name], strict=True)}
     if not all(key in of for key in keys):
         return None
-    outputs = [head(of[key].features()) for key in keys]
+    outputs = [head(of[key].features()).cpu() for key in keys]
+    head = head.cpu()
     return _Scored(np.array([float(head.scores(one)) for one in outputs]), [one[0, 0] for one in outputs],
                    float(head.threshold))  # fmt: skip
 
 
-def _report(one: _Scored, anomalous: np.ndarray, masks: _Masks, drawn: np.ndarray) -> dict[str, Any]:
+def _report(one: _Scored, anomalous: np.ndarray, masks: _Masks | None, drawn: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    found["auroc"], found["auroc_between"] = curves.told(lambda w: curves.auroc(one.scores, anomalous, w), drawn)
-    found["average_precision"], found["average_precision_between"] = curves.told(
-        lambda w: curves.average_precision(one.scores, anomalous, w), drawn
-    )
+    for name, measured in (("auroc", curves.auroc), ("average_precision", curves.average_precision)):
+        found[name], found[f"{name}_between"] = curves.told(partial(measured, one.scores, anomalous), drawn)
     above = one.scores > one.threshold
     for name, kind in (("recall", anomalous), ("false_alarms", ~anomalous)):
-        n, k = int(kind.sum()), int((above & kind).sum())
-        tail = (1 + curves.CONFIDENCE) / 2
-        low = 100 * (1 - curves.rate_at(n - k, n, tail)) if n else 0.0
-        found[name] = round(100 * k / n, 3) if n else None
-        found[f"{name}_between"] = [round(low, 3), round(100 * curves.rate_at(k, n, tail), 3)] if n else None
-    if masks.any:
+        found[name], found[f"{name}_between"] = curves.share(int((above & kind).sum()), int(kind.sum()))
+    if masks is not None and masks.any:
         found |= _of_pixels(one, masks, drawn)
     return found
 
@@ -441,3 +438,43 @@ def _difference(
     verdict = "no difference" if abs(mean) <= bound else "better" if mean > 0 else "worse"
     return {"auroc": {"mean": round(mean, 3), "two_standard_errors": round(bound, 3), "verdict": verdict,
                       "against": rival}}  # fmt: skip
+
+
+def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Shown | None], dict[str, int]]:
+    """What is known of pictures by their folders or a column: nothing where none is of the normal class."""
+    labels = [source.label(row) for row in range(len(source))]
+    if facts["normal"] not in labels:
+        return [None] * len(labels), {}
+    return [None if one is None else Shown(one, one != facts["normal"], None) for one in labels], {}
+
+
+def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """AUROC, average precision, recall and false alarms of pictures whose class is known; empty where none is."""
+    some = [one for one in told if one["_shown"] is not None]
+    if not some:
+        return {}
+    one = _Scored(np.array([one["_score"] for one in some]), [], float(some[0]["_threshold"]))
+    anomalous = np.array([one["_shown"].anomalous for one in some])
+    drawn = curves.resampled([one.get("group") or one["key"] for one in some], 0)
+    return {"normal": facts["normal"], "examined": len(some), **_report(one, anomalous, None, drawn)}
+
+
+def sections(told: list[dict[str, Any]], examples: task.Examples, result: Mapping[str, Any]) -> list[Section]:
+    """Scores beside baselines, and the pictures that it took for what they are not."""
+    found: list[Section] = []
+    for name, title in (("auroc", "AUROC by picture"), ("pixel_auroc", "AUROC by pixel"), ("pro", "PRO")):
+        if result.get(name) is not None:
+            bars = [Bar("this model", result[name], None, "c0")]
+            bars += [Bar(who, one[name], None, "plain") for who, one in result.get("baselines", {}).items()]
+            found.append(Section(title, "Percent on test.", [Comparison([Bars(title, bars, 100.0)])]))
+    row_of = {key: row for row, key in enumerate(examples.keys)}
+    wrong = [one for one in told if one["_shown"] and (one["predicted"] == "anomalous") != one["_shown"].anomalous]
+    for kind, title in ((True, "Missed"), (False, "False alarms")):
+        some = [one for one in wrong if one["_shown"].anomalous == kind]
+        some.sort(key=lambda one: one["_score"], reverse=not kind)
+        captions = [(row_of[one["_key"]], f"{one['label']}, {one['score']:.3g}") for one in some[:_SHOWN]]
+        cards = shown.cards_of(examples, captions)
+        if cards:
+            lede = f"{len(some)} in all; the threshold is {some[0]['threshold']:.3g}."
+            found.append(Section(title, lede, [Cards(cards, least=140)]))
+    return found
