@@ -6,6 +6,9 @@ import functools
 import itertools
 import json
 import math
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from saccade import cli, weights
 from saccade.embed import examining
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
@@ -24,6 +28,7 @@ from saccade.finetune.tasks import anomaly
 from saccade.settings import FinetuneArguments
 from saccade.vit import ViT, ViTConfig
 
+GUIDE = Path(__file__).parents[1] / "docs" / "anomaly.md"
 SIDE = 32
 
 
@@ -293,8 +298,9 @@ def test_spots_are_found_by_normal_pictures_alone(encoder: Encoder, pack: Path, 
     head = anomaly.Head(**fitted.head.config())  # as it comes back from disk
     head.load_state_dict(fitted.head.state_dict())
     with torch.inference_mode():
-        again = head(encoder(torch.zeros(1, 3, SIDE, SIDE), tokens="patches"))
-        assert torch.equal(again, fitted.head(encoder(torch.zeros(1, 3, SIDE, SIDE), tokens="patches")))
+        seen = head.features(encoder.backbone, torch.zeros(1, 3, SIDE, SIDE))
+        again = head(seen)
+        assert torch.equal(again, fitted.head(seen))
         score, distances = head.answer(again)
     assert score.shape == (1,) and distances.shape == (1, 4, 4)
 
@@ -312,9 +318,24 @@ def test_every_picture_held_out_is_scored_without_its_group(encoder: Encoder, pa
     assert float(torn.usual[0, 0]) < 0.8 * float(apart.usual[0, 0])  # a copy in the memory is very near
 
 
+def test_several_depths_stand_side_by_side(encoder: Encoder, pack: Path) -> None:
+    assert anomaly.blocks_of(encoder.backbone, 1) == ()
+    assert anomaly.blocks_of(encoder.backbone, 4) == (0, 1)  # of two blocks
+    twelve = ViT(ViTConfig(image_size=SIDE, patch=8, width=32, depth=12, heads=2))
+    assert anomaly.blocks_of(twelve, 3) == (5, 8, 11)
+    _, fitted, _, found = examined(encoder, pack, depths=3, memory=50, baselines=False)
+    assert found["auroc"] > 90 and fitted.head.config()["width"] == 64
+    images = torch.rand(2, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        seen = fitted.head.features(encoder.backbone, images)
+        each = encoder.backbone.intermediate(images, [0, 1])
+    for one, part in zip(each, seen.patches.split(32, dim=-1), strict=True):
+        assert torch.allclose(torch.nn.functional.normalize(one.patches, dim=-1), part, atol=1e-6)
+
+
 @pytest.mark.parametrize("score", ["patches", "vector", "both"])
 def test_every_flag_is_read(encoder: Encoder, pack: Path, score: str) -> None:
-    settings = anomaly.Settings(score=score, smooth=3, neighbours=2, top=0.5, memory=50, baselines=False)
+    settings = anomaly.Settings(score=score, depths=1, smooth=3, neighbours=2, top=0.5, memory=50, baselines=False)
     examples = anomaly.read(str(pack), encoder, asked(pack), settings)
     seen = anomaly.see(encoder, examples, settings, asked(pack))
     with torch.inference_mode():
@@ -432,3 +453,21 @@ def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_p
     assert "scores" not in alone and alone["pictures"] == 8
     with pytest.raises(SaccadeError, match="cannot move a backbone: it learns from normal pictures alone"):
         finetune(encoder, pack, out=tmp_path / "other", task="anomaly", mode="full")
+
+
+def test_the_guide_runs(
+    encoder: Encoder, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/anomaly.md: its commands run, in their order, with two blocks for the published backbone."""
+    monkeypatch.chdir(tmp_path)
+    weights.save_backbone("start", encoder.backbone, {"recipe": "test"})
+    shutil.copytree(pack, "parts")
+    shutil.copytree(pack / "test", "new")
+    commands = re.findall(r"^saccade (.+)$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command.replace("facebook/dinov2-small", "start").replace("--image-size 448", ""))
+        assert cli.main([*words, "--json"]) == cli.DONE, command
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert words[0] == "finetune" or said["predicted"]
+    assert Path("verdicts/heatmaps/spot/s0.png.png").is_file()

@@ -33,11 +33,11 @@ from saccade.finetune.folds import folds
 from saccade.finetune.normal import Shown, read_mask, read_normal
 from saccade.report.page import Bar, Bars, Cards, Comparison, Section
 from saccade.settings import FinetuneArguments
-from saccade.vit import Features
+from saccade.vit import Features, ViT
 
 FROZEN = "it learns from normal pictures alone, and nothing there says which way a backbone should move"
 PRETRAINED, HEATMAPS = "pretrained", "heatmaps"
-_BATCH = 8
+_BATCH, _DEPTHS = 8, 4
 _SHOWN = 24
 _THUMB = 4  # pixels a side to which a patch is shrunk for the raw-pixel baseline
 
@@ -52,8 +52,9 @@ class Settings(task.TaskSettings):
     )
     memory: int = Field(10_000, ge=1, description="patches remembered, at most: a core-set of all")
     neighbours: int = Field(1, ge=1, description="nearest patches of the memory whose distance is averaged")
+    depths: int = Field(3, ge=1, le=4, description="blocks of a ViT that are looked at, side by side; the last first")
     smooth: int = Field(1, ge=1, description="patches a side over which features are averaged first; odd")
-    top: float = Field(0.05, gt=0, le=1, description="share of a picture's patches, the farthest, that score it")
+    top: float = Field(0.01, gt=0, le=1, description="share of a picture's patches, the farthest, that score it")
     pictures: int = Field(2000, ge=2, description="normal pictures learned from, at most")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
 
@@ -68,6 +69,21 @@ def read(data: Any, encoder: Encoder, asked: FinetuneArguments, settings: Settin
         data, normal=settings.normal, pictures=settings.pictures, group_by=asked.group_by,
         channels=encoder.preprocess.channels,
     )  # fmt: skip
+
+
+def blocks_of(network: Any, depths: int) -> tuple[int, ...]:
+    """The last so many of four blocks of a ViT, evenly spaced; empty where the last map is all there is."""
+    if depths == 1 or not isinstance(network, ViT):
+        return ()
+    count = len(network.blocks)
+    return tuple(sorted({(place + 1) * count // _DEPTHS - 1 for place in range(_DEPTHS - depths, _DEPTHS)} - {-1}))
+
+
+def side_by_side(network: Any, images: Shaped[Tensor, "b c h w"], blocks: Sequence[int]) -> Features:
+    """Patches after these blocks, each brought to length 1, one beside the other."""
+    seen = network.intermediate(images, list(blocks))
+    return Features(None, seen[-1].registers, torch.cat([F.normalize(one.patches, dim=-1) for one in seen], dim=-1),
+                    seen[-1].positions, seen[-1].grid)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,22 +109,24 @@ class Seen:
     test_rows: list[int]
     failures: list[tuple[int, str, str]]
     seed: int
+    blocks: tuple[int, ...]
     heads: dict[str, Head] = field(default_factory=dict)
 
 
 def see(encoder: Encoder, examples: task.Examples, settings: Settings, asked: FinetuneArguments) -> Seen:
     """Looks at train once; the baselines look at test too, which the model itself does later."""
-    found, beside = Seen({}, {}, [], [], [], asked.seed), dict[str, Encoder]()
+    blocks = blocks_of(encoder.backbone, settings.depths)
+    found, beside = Seen({}, {}, [], [], [], asked.seed, blocks), dict[str, Encoder]()
     if settings.baselines and backbone.known(encoder.backbone):
         beside["untrained"] = untrained(encoder, asked.seed).to(encoder.device)
     test = examples.test if settings.baselines else examples.test[:0]
     with examining(encoder) as look:
         for rows, images in _read(encoder, examples, examples.train, asked.workers, found.failures, "learning"):
             found.train_rows.extend(rows)
-            _note(found.train, look, {PRETRAINED: encoder, **beside}, images, settings.baselines)
+            _note(found.train, look, {PRETRAINED: encoder, **beside}, images, blocks, settings.baselines)
         for rows, images in _read(encoder, examples, test, asked.workers, [], "looking at baselines"):
             found.test_rows.extend(rows)
-            _note(found.test, look, beside, images, True)
+            _note(found.test, look, beside, images, blocks, True)
     if len(set(examples.names(np.array(found.train_rows, dtype=np.int64)))) < 2:
         first = f"; the first: {found.failures[0][1]}: {found.failures[0][2]}" if found.failures else ""
         said = f"fewer than two normal pictures (or groups) could be read{first}"
@@ -117,11 +135,16 @@ def see(encoder: Encoder, examples: task.Examples, settings: Settings, asked: Fi
 
 
 def _note(
-    into: dict[str, list[Grid]], look: Look, networks: Mapping[str, Encoder], images: Tensor, pixels: bool
+    into: dict[str, list[Grid]],
+    look: Look,
+    networks: Mapping[str, Encoder],
+    images: Tensor,
+    blocks: Sequence[int],
+    pixels: bool,
 ) -> None:
     """Adds what each contestant sees of a batch."""
     for name, network in networks.items():
-        seen = look(images, tokens="patches", encoder=network)
+        seen = _looked(look, network, images, blocks)
         if not bool(torch.isfinite(seen.patches).all()):
             raise SaccadeError("features have NaN or infinite values", hint="the backbone is damaged", code=1)
         into.setdefault(name, []).extend(Grid(one.half().cpu(), seen.grid) for one in seen.patches)
@@ -133,6 +156,12 @@ def _note(
             small = F.adaptive_avg_pool2d(values, (side * grid[0], side * grid[1]))
             rows = F.unfold(small, side, stride=side).mT
             into.setdefault(name, []).extend(Grid(one.half().clone(), grid) for one in rows)
+
+
+def _looked(look: Look, network: Encoder, images: Tensor, blocks: Sequence[int]) -> Features:
+    if blocks:
+        return side_by_side(network.backbone, images.to(network.device), blocks)
+    return look(images, tokens="patches", encoder=network)
 
 
 def _read(
@@ -174,12 +203,24 @@ class Head(task.Head):
     unit: Tensor
 
     def __init__(
-        self, *, remembered: int, width: int, score: str, top: float, neighbours: int, smooth: int, length: bool
+        self,
+        *,
+        remembered: int,
+        width: int,
+        score: str,
+        top: float,
+        neighbours: int,
+        smooth: int,
+        length: bool,
+        blocks: Sequence[int] = (),
     ):
         super().__init__()
-        self._config = {"remembered": remembered, "width": width, "score": score, "top": top,
-                        "neighbours": neighbours, "smooth": smooth, "length": length}  # fmt: skip
+        self._config = {
+            "remembered": remembered, "width": width, "score": score, "top": top, "neighbours": neighbours,
+            "smooth": smooth, "length": length, "blocks": list(blocks),
+        }  # fmt: skip
         self.score_of, self.top, self.neighbours, self.smooth, self.length = score, top, neighbours, smooth, length
+        self.blocks = tuple(blocks)
         self.register_buffer("memory", torch.zeros(remembered, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("whitening", torch.zeros(width, width))
@@ -190,6 +231,12 @@ class Head(task.Head):
     def config(self) -> dict[str, Any]:
         """What builds one like it."""
         return dict(self._config)
+
+    def features(self, backbone: Any, images: Shaped[Tensor, "b c h w"]) -> Features:
+        """Patches of the last block, or of several side by side."""
+        if self.blocks:
+            return side_by_side(backbone, images, self.blocks)
+        return backbone(images, tokens="patches") if isinstance(backbone, ViT) else backbone(images)
 
     def prepared(self, features: Features) -> Float[Tensor, "b n d"]:
         """Patches as the memory holds them: averaged with their neighbours if asked, of length 1."""
@@ -230,7 +277,7 @@ class Head(task.Head):
         found: list[Tensor] = []
         for picture in pixels:
             image = look.encoder.preprocess.sized(picture, sides(look.encoder, picture))
-            found.append(self(look(image[None], tokens="patches"))[0].float().cpu())
+            found.append(self(_looked(look, look.encoder, image[None], self.blocks))[0].float().cpu())
         return found
 
     def told(
@@ -264,7 +311,9 @@ def farthest(distances: Float[Tensor, "b n"], top: float) -> Float[Tensor, " b"]
 def fit(seen: Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
     """Memory, Gaussian and threshold of the encoder; nothing but normal pictures is asked."""
     names = examples.names(np.array(seen.train_rows))
-    head, threshold = learn(seen.train[PRETRAINED], names, settings, seen.seed, grouped=examples.groups is not None)
+    head, threshold = learn(
+        seen.train[PRETRAINED], names, settings, seen.seed, grouped=examples.groups is not None, blocks=seen.blocks
+    )
     seen.heads[PRETRAINED] = head
     if not threshold.report()["vouched"]:
         examples.warnings.append(str(threshold.report()["said"]))
@@ -274,14 +323,21 @@ def fit(seen: Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
 
 
 def learn(
-    grids: Sequence[Grid], names: Sequence[str], settings: Settings, seed: int, *, grouped: bool, length: bool = True
+    grids: Sequence[Grid],
+    names: Sequence[str],
+    settings: Settings,
+    seed: int,
+    *,
+    grouped: bool,
+    length: bool = True,
+    blocks: Sequence[int] = (),
 ) -> tuple[Head, Threshold]:
     """A head from normal pictures; in five parts, by names, each is scored by what was learned without it.
 
     `length`: vectors are brought to length 1, as those of networks are and colours are not.
     """
     knobs = {"score": settings.score, "top": settings.top, "neighbours": settings.neighbours,
-             "smooth": settings.smooth, "length": length}  # fmt: skip
+             "smooth": settings.smooth, "length": length, "blocks": blocks}  # fmt: skip
     apart = [np.flatnonzero(out) for out in folds(names, np.zeros(len(names), dtype=bool))]
     held = np.concatenate(apart)
     local, whole, peaks = [], [], []
