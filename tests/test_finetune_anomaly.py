@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +23,7 @@ from saccade import cli, weights
 from saccade.embed import examining
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
+from saccade.export import export
 from saccade.finetune import curves, finetune, heatmap, memory, predict, task
 from saccade.finetune.curves import Pixels, Threshold
 from saccade.finetune.normal import read_normal
@@ -434,7 +437,7 @@ def test_what_is_normal_must_be_known(tmp_path: Path, encoder: Encoder) -> None:
 
 
 def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_path: Path) -> None:
-    run = finetune(encoder, pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
+    run = finetune(copy.deepcopy(encoder), pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
     found = run.summary
     assert found["test"]["auroc"] > 90 and found["chosen"]["false_alarms"]["asked"] == 20
     assert any("cannot be vouched for" in line for line in found["warnings"])
@@ -471,3 +474,27 @@ def test_the_guide_runs(
         said = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert words[0] == "finetune" or said["predicted"]
     assert Path("verdicts/heatmaps/spot/s0.png.png").is_file()
+
+
+def test_the_farthest_are_counted() -> None:
+    x = torch.rand(3, 30, generator=torch.Generator().manual_seed(7))
+    ordered = x.sort(dim=1, descending=True).values
+    for top, count in ((0.01, 1), (0.05, 2), (0.1, 3), (0.5, 15), (1.0, 30)):  # half a patch counts
+        assert torch.allclose(anomaly.farthest(x, top), ordered[:, :count].mean(dim=1))
+
+
+@pytest.mark.parametrize("score", ["both", "patches"])
+def test_the_model_leaves_as_one_graph(encoder: Encoder, pack: Path, tmp_path: Path, score: str) -> None:
+    """Compared with onnxruntime by `export` itself, at several batches and sizes."""
+    flags = {"task": "anomaly", "memory": 60, "baselines": False, "score": score}
+    run = finetune(copy.deepcopy(encoder), pack, out=tmp_path / "run", **flags)
+    found = export(str(run.path), to="onnx", out=tmp_path / "graph")
+    assert found["outputs"] == ["score", "map"]
+    graph = onnxruntime.InferenceSession(str(tmp_path / "graph/model.onnx"))
+    with Image.open(pack / "test/spot/s0.png") as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    images = encoder.preprocess.sized(pixels, [SIDE, SIDE])[None].float() / 255
+    score_, _ = graph.run(None, {"images": images.numpy()})
+    said = predict(run, pack / "test/spot", out=tmp_path / "said")
+    first = json.loads((tmp_path / "said/predictions.jsonl").read_text().splitlines()[0])
+    assert said["pictures"] == 8 and float(score_[0]) == pytest.approx(first["score"], rel=0.02, abs=0.02)

@@ -303,9 +303,15 @@ class Head(task.Head):
 
 
 def farthest(distances: Float[Tensor, "b n"], top: float) -> Float[Tensor, " b"]:
-    """The mean over the farthest patches of each picture."""
-    count = max(1, round(top * distances.shape[1]))
-    return distances.topk(count, dim=1).values.mean(dim=1)
+    """The mean over this share of the patches of each picture, the farthest; one at least.
+
+    Written so that an exported graph counts anew for pictures of another size.
+    """
+    ordered = distances.sort(dim=1, descending=True).values
+    counted = torch.ones_like(ordered)
+    rank = counted.cumsum(dim=1)
+    counted = ((rank - 0.5 <= top * rank[:, -1:]) | (rank < 1.5)).to(ordered)
+    return (ordered * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def fit(seen: Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
