@@ -111,5 +111,5 @@ def gaussian(vectors: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " d"], Float[
     share = float((noise / away).clamp(0, 1)) if float(away) > 0 else 1.0
     shrunk = (1 - share) * covariance + share * scale * torch.eye(width, dtype=x.dtype, device=x.device)
     values, axes = torch.linalg.eigh(shrunk)
-    floor = values[-1].clamp_min(1e-12) * 1e-8
+    floor = values[-1].clamp_min(1e-4) * 1e-6  # of one vector alone there is no spread
     return mean.float(), ((axes / values.clamp_min(floor).sqrt()) @ axes.T).float()
