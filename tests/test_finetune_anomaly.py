@@ -64,7 +64,7 @@ def test_measures_of_one_kind_alone_are_not_defined() -> None:
     drawn = curves.resampled(["a", "b", "c"], 0)
     odd = np.zeros(3, dtype=bool)
     for measure in (curves.auroc, curves.average_precision):
-        value, between = curves.told(functools.partial(measure, np.arange(3.0), odd), drawn)
+        value, between = curves.bounded(functools.partial(measure, np.arange(3.0), odd), drawn)
         assert value is None and between is None
 
 

@@ -147,7 +147,7 @@ def resampled(names: Sequence[str], seed: int, draws: int = DRAWS) -> Float[np.n
     return drawn[:, member].astype(np.float64)
 
 
-def told(
+def bounded(
     measure: Callable[[Float[np.ndarray, "d n"]], Float[np.ndarray, " d"]], drawn: Float[np.ndarray, "d n"]
 ) -> tuple[float | None, list[float] | None]:
     """A measure of all pictures, and where 95 of 100 bootstrap draws lie; None where it is not defined."""

@@ -27,10 +27,14 @@ from saccade.embed import Look, Tokens, device, examining, read_pictures
 from saccade.encoder import Encoder, untrained
 from saccade.errors import SaccadeError, Unreadable
 from saccade.evaluate.segmentation import sides
-from saccade.finetune import curves, heatmap, memory, shown, task
-from saccade.finetune.curves import Threshold
+from saccade.finetune.curves import Pixels, Threshold, auroc, average_precision, bounded, resampled, share
 from saccade.finetune.folds import folds
+from saccade.finetune.heatmap import enlarged, name_of, write
+from saccade.finetune.memory import core_set, gaussian, near
 from saccade.finetune.normal import Shown, read_mask, read_normal
+from saccade.finetune.shown import cards_of
+from saccade.finetune.task import Examples, Fitted, Picture, TaskSettings
+from saccade.finetune.task import Head as AnyHead
 from saccade.report.page import Bar, Bars, Cards, Comparison, Section
 from saccade.settings import FinetuneArguments
 from saccade.vit import Features, ViT
@@ -42,7 +46,7 @@ _SHOWN = 24
 _THUMB = 4  # pixels a side to which a patch is shrunk for the raw-pixel baseline
 
 
-class Settings(task.TaskSettings):
+class Settings(TaskSettings):
     """Flags of `--task anomaly`."""
 
     normal: str | None = Field(None, description="the class that is normal; good, normal or ok if not given")
@@ -59,7 +63,7 @@ class Settings(task.TaskSettings):
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
 
 
-def read(data: Any, encoder: Encoder, asked: FinetuneArguments, settings: Settings) -> task.Examples:
+def read(data: Any, encoder: Encoder, asked: FinetuneArguments, settings: Settings) -> Examples:
     """Normal pictures to learn from and others to be examined (`normal`). Raises `SaccadeError`."""
     if not encoder.grid or not all(encoder.grid):
         raise SaccadeError("this backbone gives one vector and no patches", path="--task", hint="use a ViT or a ResNet")
@@ -113,7 +117,7 @@ class Seen:
     heads: dict[str, Head] = field(default_factory=dict)
 
 
-def see(encoder: Encoder, examples: task.Examples, settings: Settings, asked: FinetuneArguments) -> Seen:
+def see(encoder: Encoder, examples: Examples, settings: Settings, asked: FinetuneArguments) -> Seen:
     """Looks at train once; the baselines look at test too, which the model itself does later."""
     blocks = blocks_of(encoder.backbone, settings.depths)
     found, beside = Seen({}, {}, [], [], [], asked.seed, blocks), dict[str, Encoder]()
@@ -165,7 +169,7 @@ def _looked(look: Look, network: Encoder, images: Tensor, blocks: Sequence[int])
 
 
 def _read(
-    encoder: Encoder, examples: task.Examples, rows: np.ndarray, workers: int, failures: list[tuple[int, str, str]],
+    encoder: Encoder, examples: Examples, rows: np.ndarray, workers: int, failures: list[tuple[int, str, str]],
     words: str,
 ) -> Iterator[tuple[list[int], Shaped[Tensor, "b c h w"]]]:  # fmt: skip
     """Whole pictures in whole patches, neighbours of one size together."""
@@ -189,7 +193,7 @@ def _read(
         yield waiting, torch.stack(images)
 
 
-class Head(task.Head):
+class Head(AnyHead):
     """Distance of each patch to the memory, and of the mean patch to the Gaussian; both in units of what is normal."""
 
     tokens: Tokens = "patches"
@@ -253,7 +257,7 @@ class Head(task.Head):
 
     def forward(self, features: Features, size: tuple[int, int] | None = None) -> Float[Tensor, "b 2 y x"]:
         """Of each patch how far it is from the memory; and how far the whole picture is, the same at every patch."""
-        far = memory.near(self.prepared(features), self.memory, self.neighbours).unflatten(1, features.grid)
+        far = near(self.prepared(features), self.memory, self.neighbours).unflatten(1, features.grid)
         away = ((self.vector(features) - self.mean) @ self.whitening).square().sum(dim=1).sqrt()
         return torch.stack([far, away[:, None, None].expand_as(far)], dim=1)
 
@@ -280,13 +284,11 @@ class Head(task.Head):
             found.append(self(_looked(look, look.encoder, image[None], self.blocks))[0].float().cpu())
         return found
 
-    def told(
-        self, outputs: Sequence[Tensor], pictures: Sequence[task.Picture], folder: Path | None
-    ) -> list[dict[str, Any]]:
+    def told(self, outputs: Sequence[Tensor], pictures: Sequence[Picture], folder: Path | None) -> list[dict[str, Any]]:
         """Score, verdict and threshold of each picture; its heatmap, a 16-bit PNG, goes into `folder`/heatmaps."""
         return [self._told(one, picture, folder) for one, picture in zip(outputs, pictures, strict=True)]
 
-    def _told(self, output: Tensor, picture: task.Picture, folder: Path | None) -> dict[str, Any]:
+    def _told(self, output: Tensor, picture: Picture, folder: Path | None) -> dict[str, Any]:
         score = float(self.scores(output[None].to(self.memory))[0])
         said: dict[str, Any] = {
             "score": round(score, 6), "threshold": round(float(self.threshold), 6),
@@ -295,8 +297,8 @@ class Head(task.Head):
         if isinstance(picture.target, Shown):
             said |= {"label": picture.target.label, "anomalous": picture.target.anomalous}
         if folder is not None:
-            file = f"{HEATMAPS}/{heatmap.name_of(picture.key)}"
-            heatmap.write(folder / file, heatmap.enlarged(output[0], picture.size), float(self.unit))
+            file = f"{HEATMAPS}/{name_of(picture.key)}"
+            write(folder / file, enlarged(output[0], picture.size), float(self.unit))
             said |= {"heatmap": file, "unit": round(float(self.unit), 6)}
         return said | {"_score": score, "_map": output[0], "_key": picture.key, "_size": picture.size,
                        "_shown": picture.target, "_threshold": float(self.threshold)}  # fmt: skip
@@ -314,7 +316,7 @@ def farthest(distances: Float[Tensor, "b n"], top: float) -> Float[Tensor, " b"]
     return (ordered * counted).sum(dim=1) / counted.sum(dim=1)
 
 
-def fit(seen: Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
+def fit(seen: Seen, examples: Examples, settings: Settings) -> Fitted:
     """Memory, Gaussian and threshold of the encoder; nothing but normal pictures is asked."""
     names = examples.names(np.array(seen.train_rows))
     head, threshold = learn(
@@ -325,7 +327,7 @@ def fit(seen: Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
         examples.warnings.append(str(threshold.report()["said"]))
     chosen = {"memory": len(head.memory), "patches": sum(len(one.patches) for one in seen.train[PRETRAINED]),
               "threshold": float(head.threshold), "false_alarms": threshold.report()}  # fmt: skip
-    return task.Fitted(head, chosen)
+    return Fitted(head, chosen)
 
 
 def learn(
@@ -371,22 +373,22 @@ def _memory(grids: Sequence[Grid], count: int, seed: int, knobs: Mapping[str, An
     width = grids[0].patches.shape[1]
     empty = Head(remembered=1, width=width, **knobs)
     patches = torch.cat([empty.prepared(one.features())[0] for one in grids])
-    rows = memory.core_set(patches, count, seed)
+    rows = core_set(patches, count, seed)
     head = Head(remembered=len(rows), width=width, **knobs)
     head.memory = patches[rows]
     vectors = torch.cat([empty.vector(one.features()) for one in grids])
-    head.mean, head.whitening = memory.gaussian(vectors)
+    head.mean, head.whitening = gaussian(vectors)
     return head.eval()
 
 
-def measure(told: list[dict[str, Any]], seen: Seen, examples: task.Examples, settings: Settings) -> dict[str, Any]:
+def measure(told: list[dict[str, Any]], seen: Seen, examples: Examples, settings: Settings) -> dict[str, Any]:
     """Scores of test in percent, with the bounds of 95 of 100 bootstrap draws over pictures (groups)."""
     lines = {one["_key"]: one for one in told}
     if not lines:
         return {"examined": 0}
     keys, row_of = list(lines), {key: row for row, key in enumerate(examples.keys)}
     names = examples.names(np.array([row_of[key] for key in keys]))
-    drawn = curves.resampled(names, seen.seed)
+    drawn = resampled(names, seen.seed)
     lost: dict[str, str] = {}
     masks = _Masks([lines[key]["_shown"] for key in keys], [lines[key]["_size"] for key in keys], keys, lost)
     ours = _Scored(np.array([one["_score"] for one in lines.values()]), [one["_map"] for one in lines.values()],
@@ -440,9 +442,7 @@ class _Masks:
             return None
 
 
-def _baseline(
-    name: str, seen: Seen, examples: task.Examples, settings: Settings, keys: Sequence[str]
-) -> _Scored | None:
+def _baseline(name: str, seen: Seen, examples: Examples, settings: Settings, keys: Sequence[str]) -> _Scored | None:
     """The same method on other features; None where a picture could not be looked at."""
     names = examples.names(np.array(seen.train_rows))
     length = name == "untrained"
@@ -458,11 +458,11 @@ def _baseline(
 
 def _report(one: _Scored, anomalous: np.ndarray, masks: _Masks | None, drawn: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, measured in (("auroc", curves.auroc), ("average_precision", curves.average_precision)):
-        found[name], found[f"{name}_between"] = curves.told(partial(measured, one.scores, anomalous), drawn)
+    for name, measured in (("auroc", auroc), ("average_precision", average_precision)):
+        found[name], found[f"{name}_between"] = bounded(partial(measured, one.scores, anomalous), drawn)
     above = one.scores > one.threshold
     for name, kind in (("recall", anomalous), ("false_alarms", ~anomalous)):
-        found[name], found[f"{name}_between"] = curves.share(int((above & kind).sum()), int(kind.sum()))
+        found[name], found[f"{name}_between"] = share(int((above & kind).sum()), int(kind.sum()))
     if masks is not None and masks.any:
         found |= _of_pixels(one, masks, drawn)
     return found
@@ -470,18 +470,18 @@ def _report(one: _Scored, anomalous: np.ndarray, masks: _Masks | None, drawn: np
 
 def _of_pixels(one: _Scored, masks: _Masks, drawn: np.ndarray) -> dict[str, Any]:
     low, high = (float(bound([bound(part.flatten().tolist()) for part in one.maps])) for bound in (min, max))
-    pixels, used = curves.Pixels(low, high), list[int]()
+    pixels, used = Pixels(low, high), list[int]()
     for place, scores in enumerate(one.maps):
         mask = masks[place]
         if mask is not None:
-            pixels.add(heatmap.enlarged(scores, masks.sizes[place]).numpy(), mask)
+            pixels.add(enlarged(scores, masks.sizes[place]).numpy(), mask)
             used.append(place)
     if not sum(pixels.count):
         return {"pixel_auroc": None, "pro": None}
     found: dict[str, Any] = {"examined_by_pixel": len(used)}
     some = drawn[:, used]
-    found["pixel_auroc"], found["pixel_auroc_between"] = curves.told(pixels.auroc, some)
-    found["pro"], found["pro_between"] = curves.told(pixels.pro, some)
+    found["pixel_auroc"], found["pixel_auroc_between"] = bounded(pixels.auroc, some)
+    found["pro"], found["pro_between"] = bounded(pixels.pro, some)
     return found
 
 
@@ -490,12 +490,12 @@ def _difference(
 ) -> dict[str, Any]:
     """How far the encoder's AUROC is from the best rival's: a bootstrap, the same draws for both."""
     once = np.ones((1, len(anomalous)))
-    value = {name: float(curves.auroc(one.scores, anomalous, once)[0]) for name, one in rivals.items()}
+    value = {name: float(auroc(one.scores, anomalous, once)[0]) for name, one in rivals.items()}
     if not all(map(math.isfinite, value.values())):
         return {}
     rival = max(value, key=lambda name: value[name])
-    mean = float(curves.auroc(ours.scores, anomalous, once)[0]) - value[rival]
-    both = [curves.auroc(one.scores, anomalous, drawn) for one in (ours, rivals[rival])]
+    mean = float(auroc(ours.scores, anomalous, once)[0]) - value[rival]
+    both = [auroc(one.scores, anomalous, drawn) for one in (ours, rivals[rival])]
     bound = 2 * float(np.nanstd(both[0] - both[1], ddof=1))
     verdict = "no difference" if abs(mean) <= bound else "better" if mean > 0 else "worse"
     return {"auroc": {"mean": round(mean, 3), "two_standard_errors": round(bound, 3), "verdict": verdict,
@@ -517,11 +517,11 @@ def scores(told: list[dict[str, Any]], facts: Mapping[str, Any]) -> dict[str, An
         return {}
     one = _Scored(np.array([one["_score"] for one in some]), [], float(some[0]["_threshold"]))
     anomalous = np.array([one["_shown"].anomalous for one in some])
-    drawn = curves.resampled([one.get("group") or one["key"] for one in some], 0)
+    drawn = resampled([one.get("group") or one["key"] for one in some], 0)
     return {"normal": facts["normal"], "examined": len(some), **_report(one, anomalous, None, drawn)}
 
 
-def sections(told: list[dict[str, Any]], examples: task.Examples, result: Mapping[str, Any]) -> list[Section]:
+def sections(told: list[dict[str, Any]], examples: Examples, result: Mapping[str, Any]) -> list[Section]:
     """Scores beside baselines, and the pictures that it took for what they are not."""
     found: list[Section] = []
     for name, title in (("auroc", "AUROC by picture"), ("pixel_auroc", "AUROC by pixel"), ("pro", "PRO")):
@@ -535,7 +535,7 @@ def sections(told: list[dict[str, Any]], examples: task.Examples, result: Mappin
         some = [one for one in wrong if one["_shown"].anomalous == kind]
         some.sort(key=lambda one: one["_score"], reverse=not kind)
         captions = [(row_of[one["_key"]], f"{one['label']}, {one['score']:.3g}") for one in some[:_SHOWN]]
-        cards = shown.cards_of(examples, captions)
+        cards = cards_of(examples, captions)
         if cards:
             lede = f"{len(some)} in all; the threshold is {some[0]['threshold']:.3g}."
             found.append(Section(title, lede, [Cards(cards, least=140)]))
