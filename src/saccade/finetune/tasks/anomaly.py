@@ -8,6 +8,7 @@ was made without it and without its group. Neither mask nor anomalous picture de
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -318,15 +319,20 @@ def farthest(distances: Float[Tensor, "b n"], top: float) -> Float[Tensor, " b"]
 
 def fit(seen: Seen, examples: Examples, settings: Settings) -> Fitted:
     """Memory, Gaussian and threshold of the encoder; nothing but normal pictures is asked."""
-    names = examples.names(np.array(seen.train_rows))
+    began, names = time.perf_counter(), examples.names(np.array(seen.train_rows))
     head, threshold = learn(
         seen.train[PRETRAINED], names, settings, seen.seed, grouped=examples.groups is not None, blocks=seen.blocks
     )
     seen.heads[PRETRAINED] = head
     if not threshold.report()["vouched"]:
         examples.warnings.append(str(threshold.report()["said"]))
-    chosen = {"memory": len(head.memory), "patches": sum(len(one.patches) for one in seen.train[PRETRAINED]),
-              "threshold": float(head.threshold), "false_alarms": threshold.report()}  # fmt: skip
+    chosen = {
+        "memory": len(head.memory),
+        "patches": sum(len(one.patches) for one in seen.train[PRETRAINED]),
+        "threshold": float(head.threshold),
+        "false_alarms": threshold.report(),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
     return Fitted(head, chosen)
 
 
