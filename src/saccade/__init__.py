@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
     from saccade.export import export as export
+    from saccade.label_next import label_next as label_next
     from saccade.own import Own as Own
     from saccade.run import Run as Run
     from saccade.search import Hit as Hit
@@ -39,6 +40,7 @@ _HOMES = {
     "embed": "embed",
     "evaluate": "evaluate",
     "export": "export",
+    "label_next": "label_next",
     "load": "weights",
     "pretrain": "train",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "embed",
     "evaluate",
     "export",
+    "label_next",
     "load",
     "pretrain",
 ]

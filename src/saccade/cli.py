@@ -35,6 +35,7 @@ from saccade.settings import (
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
+    LabelNextArguments,
     ModelsArguments,
     PretrainArguments,
     RunArguments,
@@ -95,6 +96,12 @@ def _search(values: Values) -> Mapping[str, Any]:
     return {"query": query, "results": [{"key": hit.key, "score": hit.score} for hit in hits]}
 
 
+def _label_next(values: Values) -> Mapping[str, Any]:
+    from saccade.label_next import label_next
+
+    return label_next(values.pop("backbone"), values.pop("data"), **values)
+
+
 def _models(values: Values) -> Mapping[str, Any]:
     from saccade.published import listing
 
@@ -120,6 +127,7 @@ VERBS = {
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
+    "label-next": Verb(LabelNextArguments, ("backbone", "data"), _label_next),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
     "export": Verb(ExportArguments, ("backbone",), _export),
 }
