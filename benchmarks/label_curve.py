@@ -5,10 +5,11 @@
     python benchmarks/label_curve.py --table OUT [--drift 0.03,0.06,0.12]
 
 Two questions, since 200 labels may be meant either way. `total`: 50 labels in all (5 each of 10 classes), forecast for
-200 in all. `class`: 50 labels a class, forecast for 200 a class, where a pack has as many. The forecast sees nothing
-but its 50 labels: curve, standardisation and spread come of them. The truth is `mean`, what 200 labels score on
-average over draws, and `same`, what exactly these labels and 150 more score; the interval is meant for both. Features
-are computed once (OUT/features), a cell is one JSON file in OUT, and what is there is not done again.
+200 in all. `class`: 50 labels a class, forecast for 200 a class, where a pack has as many. The forecast sees the labels
+of these 50 alone; means and spreads of features need no label and are those of all train pictures. The truth is `mean`,
+what 200 labels score on average over draws, and `same`, what exactly these labels and 150 more score; the interval is
+meant for both. Features are computed once (OUT/features), a cell is one JSON file in OUT, and what is there is not done
+again.
 """
 
 from __future__ import annotations
@@ -44,24 +45,22 @@ def cell(pack: Pack, question: str, seed: int) -> dict[str, Any] | None:
         return None
     keys = [str(row) for row in range(len(labels))]
 
-    def right(rows: np.ndarray, known: np.ndarray) -> float:
-        found = few_label.predict(vectors[known], torch.from_numpy(labels[known]), test, classes, rows)
+    def right(rows: np.ndarray) -> float:
+        found = few_label.predict(vectors, torch.from_numpy(labels), test, classes, rows)
         return 100 * float((found.numpy() == answers).mean())
 
     mine = few(labels, keys, wanted, 1000 + seed, 0)  # of each class its first `seen` are the labels that there are
     parts = [mine[labels[mine] == number] for number in range(classes)]
     there = np.concatenate([part[:seen] for part in parts])
-    measured = label_curve.measure(
-        vectors[there], torch.from_numpy(labels[there]), test, answers, [keys[row] for row in there], seen, seed
-    )
-    everyone = np.arange(len(labels))
-    truths = [right(few(labels, keys, wanted, 2000 + seed, draw), everyone) for draw in range(DRAWS)]
+    measured = label_curve.measure(vectors, torch.from_numpy(labels), test, answers, keys, seen, seed, there)
+    truths = [right(few(labels, keys, wanted, 2000 + seed, draw)) for draw in range(DRAWS)]
     return {
         "points": [[point.labels, point.mean, point.error] for point in measured],
         "wanted": wanted,
+        "chance": 100 / classes,
         "mean": float(np.mean(truths)),
         "error": float(np.std(truths, ddof=1) / math.sqrt(DRAWS)),
-        "same": right(np.arange(len(mine)), mine),
+        "same": right(mine),
     }
 
 
@@ -95,7 +94,10 @@ def table(out: Path, drifts: list[float]) -> None:
 
 
 def _line(cells: list[dict[str, Any]], drift: float) -> str:
-    told = [label_curve.forecast([Point(*p) for p in one["points"]], [one["wanted"]], drift)[0] for one in cells]
+    told = [
+        label_curve.forecast([Point(*p) for p in one["points"]], one["chance"], [one["wanted"]], drift)[0]
+        for one in cells
+    ]
     held = {truth: np.mean([t["low"] <= one[truth] <= t["high"] for t, one in zip(told, cells, strict=True)])
             for truth in ("mean", "same")}  # fmt: skip
     width = np.mean([t["high"] - t["low"] for t in told])

@@ -424,6 +424,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         console.print(table, highlight=False)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     rest = {name: value for name, value in result.items() if name not in _SHOWN_ABOVE}
+    if "label_curve" in result:
+        rest["more labels"] = result["label_curve"]["says"]
     if "pooled" in result:
         rest["features"] = f"{result['pooled']['chosen']}, chosen by {result['pooled']['by']}"
     blind = [
@@ -497,7 +499,7 @@ _RIVALS = {
     "how often words occur": "words",
     "the commonest word": "unigram",
 }
-_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled")
+_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled", "label_curve")
 
 
 def _score(found: Any) -> str:

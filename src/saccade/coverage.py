@@ -29,7 +29,7 @@ _TILE, _BLOCK = 1024, 64
 
 @dataclass(frozen=True)
 class Chosen:
-    """Rows in the order of the choice, and how many near duplicates of chosen rows were passed over for them."""
+    """Rows in the order of the choice, and how many were passed over as near duplicates of these and of taken ones."""
 
     rows: list[int]
     duplicates: int
@@ -60,10 +60,10 @@ def choose(
     seen = torch.tensor(sorted(order(place) for place in range(min(len(unit), _SEEN))), dtype=torch.long)
     search = _Greedy(unit, unit[seen], None if weight is None else weight[seen], radius)
     open_rows = torch.ones(len(unit), dtype=torch.bool) if free is None else free.clone()
+    open_rows[torch.tensor(taken, dtype=torch.long)] = False
     for row in taken:
         search.stand(row)
-        open_rows &= search.away(row)
-        open_rows[row] = False
+        search.pass_over(row, open_rows)
     return search.run(open_rows, count, groups)
 
 
@@ -74,6 +74,7 @@ class _Greedy:
         self.unit, self.seen, self.radius = unit, seen, radius
         self.weight = torch.ones(len(seen)) if weight is None else weight.float()
         self.best = torch.zeros(len(seen))
+        self.duplicates = 0
 
     def alike(self, rows: Tensor) -> Float[Tensor, "m s"]:
         return ((rows @ self.seen.T - 1) / self.radius).exp_()
@@ -81,9 +82,11 @@ class _Greedy:
     def stand(self, row: int) -> None:
         self.best = torch.maximum(self.best, self.alike(self.unit[row : row + 1])[0])
 
-    def away(self, row: int) -> Bool[Tensor, " n"]:
-        """Which rows are no near duplicates of this one."""
-        return self.unit @ self.unit[row] < 1 - SAME
+    def pass_over(self, row: int, free: Tensor) -> None:
+        """The near duplicates of this row are not free any more."""
+        same = free & (self.unit @ self.unit[row] > 1 - SAME)
+        self.duplicates += int(same.sum())
+        free &= ~same
 
     def gains(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         return (self.alike(rows) - self.best).clamp_min_(0) @ self.weight
@@ -93,7 +96,6 @@ class _Greedy:
         fresh = torch.ones(len(bound), dtype=torch.bool)
         turns = _Turns(groups)
         rows: list[int] = []
-        duplicates = 0
         while len(rows) < count and bool(free.any()):
             allowed = free & turns.open(free)
             row = self._best(bound, fresh, allowed)
@@ -102,10 +104,8 @@ class _Greedy:
             self.stand(row)
             fresh[:] = False
             free[row] = False
-            away = self.away(row)
-            duplicates += int((free & ~away).sum())
-            free &= away
-        return Chosen(rows, duplicates)
+            self.pass_over(row, free)
+        return Chosen(rows, self.duplicates)
 
     def _best(self, bound: Tensor, fresh: Tensor, allowed: Tensor) -> int:
         """The allowed row that adds most; bounds are made exact until the best one is."""

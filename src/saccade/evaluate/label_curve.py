@@ -1,10 +1,10 @@
 """How many labels? The score over labels a class, and with an interval what the next labels would bring.
 
-The error follows an inverse power law, c + a n^-b (arXiv 1712.00409, 2207.01725): every exponent and every floor on a
-grid, each as likely as the measured points make it, and one law is never picked. What is measured at few labels is
-often not on the law that holds later (arXiv 2303.01598), so the truth may drift away from the law, the farther from the
-largest count the more: a random walk over doublings of labels. So the last points count most, and the interval grows.
-How fast it drifts is one number, and `benchmarks/label_curve.py` asks whether nine intervals in ten hold the truth.
+The error is held to be c + a (n + m)^-b: an inverse power law (arXiv 1712.00409, 2207.01725) that begins late, since
+few-label curves are no straight line on logarithms yet (arXiv 2303.01598), and passes chance at no label. Every
+exponent b, floor c and delay m of a grid is believed as far as the measured points make it likely; none is picked. And
+the truth may leave any law, the farther from the largest count the more: a random walk over doublings of labels. So the
+last points count most, and the interval grows ahead. `benchmarks/label_curve.py` asks whether it holds the truth.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from saccade.evaluate.splits import few
 
 SURE = 0.9
 """How often the interval should hold the truth."""
-LEAST = 4
-"""Counts that a forecast needs."""
+_LEAST = 4  # counts that a forecast needs
 _STEPS = (1, 2, 5)  # times powers of ten: what is measured
 _ROWS = 20_000  # labels that a probe learns from at most: seconds, not minutes
 _DRAWS = 8
-_EXPONENTS = np.geomspace(0.05, 1.5, 24)
-_FLOORS = np.linspace(-1.0, 0.95, 27)  # parts of the last error that stay; below zero the law bends as a logarithm
-DRIFT = 0.06  # of the last error, for each doubling
+_EXPONENTS = np.geomspace(0.1, 2.0, 16)
+_USUAL = (0.5, 0.7)  # exponents before any point is seen: the middle, and the spread of its logarithm
+_FLOORS = np.linspace(0.0, 0.9, 13)  # parts of the last error that stay
+_DELAYS = 2.0 ** np.arange(-2, 6)
+DRIFT = 0.03
+"""How far the truth leaves a law over one doubling of labels, as a part of the last error."""
+_CHANCE = 3.0  # points of percent: how near to chance a law is without a label
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Point:
 def counts(largest: int) -> list[int]:
     """The counts that are measured: 1, 2, 5, 10, … to the largest; all that there are where these would be few."""
     found = [step * 10**power for power in range(7) for step in _STEPS if step * 10**power < largest]
-    if len(found) + 1 < LEAST + 1:
+    if len(found) < _LEAST:
         found = list(range(1, largest))
     return [*found, largest]
 
@@ -58,18 +61,22 @@ def measure(
     keys: Sequence[str],
     largest: int,
     seed: int,
+    labelled: np.ndarray | None = None,
 ) -> list[Point]:
     """The curve of a linear classifier on frozen features, by draws that lie within each other.
+
+    `labelled` are the rows of train that labels are drawn from, all if not given; means and spreads are those of all.
 
     Draws of the largest count have the same few samples to choose from, so their spread says too little: what holds
     at smaller counts, falling as one over the root, says how lucky the labels were that there are.
     """
-    known, classes = labels.cpu().numpy(), int(labels.max()) + 1
+    rows = np.arange(len(train)) if labelled is None else labelled
+    known, named, classes = labels.cpu().numpy()[rows], [keys[row] for row in rows.tolist()], int(labels.max()) + 1
     found: list[tuple[int, np.ndarray]] = []
     for count in counts(largest):
-        times = _DRAWS if count * classes <= _ROWS // _DRAWS else 3
-        drawn = [few(known, keys, count, seed, draw) for draw in range(times if count < largest else 1)]
-        right = [few_label.predict(train, labels, test, classes, rows).cpu().numpy() == answers for rows in drawn]
+        times = _DRAWS if count * classes <= 500 else 3
+        drawn = [rows[few(known, named, count, seed, draw)] for draw in range(times if count < largest else 1)]
+        right = [few_label.predict(train, labels, test, classes, some).cpu().numpy() == answers for some in drawn]
         found.append((count, np.array([100 * float(draw.mean()) for draw in right])))
     return points(found)
 
@@ -85,41 +92,37 @@ def points(found: Sequence[tuple[int, np.ndarray]]) -> list[Point]:
     return told
 
 
-def forecast(measured: Sequence[Point], ahead: Sequence[float], drift: float = DRIFT) -> list[dict[str, float]]:
-    """Mean and interval (`SURE`) of the score at each count ahead. At least `LEAST` points, errors in percent."""
-    labels = np.array([point.labels for point in measured], dtype=np.float64)
-    errors = 100 - np.array([point.mean for point in measured])
-    last = max(float(errors[-1]), 0.5)
-    scale = drift * last
-    spread = _walk(labels, labels, labels[-1]) * scale**2 + np.diag([point.error**2 for point in measured])
-    inverse = np.linalg.inv(spread)
-    exponents, floors = (grid.ravel() for grid in np.meshgrid(_EXPONENTS, _FLOORS))
-    # each law is errors = floor + a * shape, with shape 1 at the last count; a is normal, given the points
-    shape = (labels[:, None] / labels[-1]) ** -exponents  # [P G]
+def forecast(
+    measured: Sequence[Point], chance: float, ahead: Sequence[float], drift: float = DRIFT
+) -> list[dict[str, float]]:
+    """Mean and interval (`SURE`) of the score in percent at each count ahead, from the points in their order.
+
+    `chance` is the score of guessing, which is what no label brings.
+    """
+    labels = np.array([0.0, *(point.labels for point in measured)])
+    errors = 100 - np.array([chance, *(point.mean for point in measured)])
+    last, top = max(float(errors[-1]), 0.5), labels[-1]
+    away = np.log2(top / labels[1:])
+    away = np.array([away[0] + 2, *away])  # in doublings; no label is two before the first
+    walk = (drift * last) ** 2 * np.minimum.outer(away, away)
+    noise = np.array([_CHANCE, *(point.error for point in measured)]) ** 2
+    precise = np.linalg.inv(walk + np.diag(noise))
+    exponents, floors, delays = (grid.ravel() for grid in np.meshgrid(_EXPONENTS, _FLOORS, _DELAYS))
+    # one law a column: errors = floor + height * shape, with shape 1 at the last count; its height is normal
+    shape = ((labels[:, None] + delays) / (top + delays)) ** -exponents
     rest = errors[:, None] - last * floors
-    prior = 1 / (0.3 * last + 0.5) ** 2  # a is near what the last error leaves above the floor
-    precision = np.einsum("pg,pq,qg->g", shape, inverse, shape) + prior
-    expected = last * (1 - floors)
-    a = (np.einsum("pg,pq,qg->g", shape, inverse, rest) + prior * expected) / precision
-    misfit = np.einsum("pg,pq,qg->g", rest, inverse, rest) + prior * expected**2 - precision * a**2
-    belief = -0.5 * misfit - 0.5 * np.log(precision)
+    guess, trust = last * (1 - floors), (0.3 * last + 0.5) ** -2
+    precision = np.einsum("pg,pq,qg->g", shape, precise, shape) + trust
+    height = (np.einsum("pg,pq,qg->g", shape, precise, rest) + trust * guess) / precision
+    misfit = np.einsum("pg,pq,qg->g", rest, precise, rest) + trust * guess**2 - precision * height**2
+    belief = -0.5 * (misfit + np.log(precision) + (np.log(exponents / _USUAL[0]) / _USUAL[1]) ** 2)
     belief = np.exp(belief - belief.max())
-    belief /= belief.sum()
-    gap = rest - a * shape
     told = []
-    for n in ahead:
-        at = (n / labels[-1]) ** -exponents
-        # points that lie off a law say nothing of the other side of the last one: the walk is anchored there
-        middle = last * floors + a * at
-        width = np.sqrt(at**2 / precision + scale**2 * abs(math.log2(n / labels[-1])))
-        told.append(_interval(100 - middle, width, belief))
-    assert np.isfinite(gap).all()
+    for count in ahead:
+        at = ((count + delays) / (top + delays)) ** -exponents
+        width = np.sqrt(at**2 / precision + (drift * last) ** 2 * math.log2(count / top))
+        told.append(_interval(100 - last * floors - height * at, width, belief / belief.sum()))
     return told
-
-
-def _walk(one: np.ndarray, other: np.ndarray, anchor: float) -> np.ndarray:
-    """Covariance of a random walk in doublings away from the anchor, of points that lie on one side of it."""
-    return np.minimum(*np.meshgrid(np.log2(anchor / one), np.log2(anchor / other), indexing="ij"))
 
 
 def _interval(middle: np.ndarray, width: np.ndarray, belief: np.ndarray) -> dict[str, float]:
@@ -133,3 +136,42 @@ def _interval(middle: np.ndarray, width: np.ndarray, belief: np.ndarray) -> dict
             low, high = (guess, high) if below < part else (low, guess)
         ends.append(float(np.clip(low, 0, 100)))
     return {"mean": min(max(float(belief @ middle), ends[0]), ends[1]), "low": ends[0], "high": ends[1]}
+
+
+def largest(labels: np.ndarray) -> int:
+    """Up to how many labels a class are measured: all of the rarest class, or of the middle one where it has hardly any.
+
+    Classes with fewer give all they have. No more than a probe learns from in seconds.
+    """
+    sizes = np.bincount(labels)
+    sizes = sizes[sizes > 0]
+    most = int(sizes.min()) if sizes.min() >= _LEAST else int(np.median(sizes))
+    return max(1, min(most, _ROWS // len(sizes)))
+
+
+def curve(measured: Sequence[Point], chance: float) -> dict[str, Any]:
+    """What the report says: the points, the forecast for twice and four times the labels, and a sentence."""
+    top = int(measured[-1].labels)
+    told: dict[str, Any] = {
+        "fitted": {str(int(p.labels)): {"mean": round(p.mean, 3), "error": round(p.error, 3)} for p in measured},
+        "sure": SURE,
+        "at": {},
+        "says": f"{_a_class(top)} are too few to say what more would bring",
+    }
+    if len(measured) < _LEAST:
+        return told
+    ahead = [2 * top, 4 * top]
+    found = forecast(measured, chance, ahead)
+    told["at"] = {
+        str(n): {name: round(value, 3) for name, value in one.items()} for n, one in zip(ahead, found, strict=True)
+    }
+    now, twice = measured[-1].mean, found[0]
+    told["says"] = (
+        f"{_a_class(top)} score {now:.1f}; {2 * top} would bring {twice['mean']:.1f} ({twice['low']:.1f} to "
+        f"{twice['high']:.1f}), {4 * top} {found[1]['mean']:.1f} ({found[1]['low']:.1f} to {found[1]['high']:.1f})"
+    )
+    return told
+
+
+def _a_class(count: int) -> str:
+    return f"{count} label{'s' * (count != 1)} a class"
