@@ -139,7 +139,7 @@ def _interval(middle: np.ndarray, width: np.ndarray, belief: np.ndarray) -> dict
 
 
 def largest(labels: np.ndarray) -> int:
-    """Up to how many labels a class are measured: all of the rarest class, or of the middle one where it has hardly any.
+    """How many labels a class are measured at most: of the rarest class, or of the middle one where it has hardly any.
 
     Classes with fewer give all they have. No more than a probe learns from in seconds.
     """
