@@ -76,6 +76,9 @@ LAYERS = {
     ),
     **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
     "tour": 4,
+    "label_next": 4,
+    "labels": 3,
+    "coverage": 3,
     "watch": 4,
     "card": 4,
     "cli": 5,
@@ -265,6 +268,7 @@ def test_public_names() -> None:
         "evaluate",
         "export",
         "finetune",
+        "label_next",
         "load",
         "predict",
         "pretrain",
@@ -277,6 +281,7 @@ def test_public_names() -> None:
         "embed",
         "evaluate",
         "finetune",
+        "label_next",
     ):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
         assert not isinstance(vars(saccade).get(verb), ModuleType), verb
@@ -294,6 +299,7 @@ def test_verbs_of_the_interface() -> None:
         "predict",
         "embed",
         "search",
+        "label-next",
         "models",
         "export",
     }

@@ -470,6 +470,25 @@ class SearchArguments(Settings):
         return self
 
 
+class LabelNextArguments(Settings):
+    """Propose the pictures to label next: those that stand for most others, then those a head is in doubt of."""
+
+    backbone: Word = Field(description=BACKBONE)
+    data: Word = Field(description="folder, list file or tar shards")
+    n: int = Field(50, ge=1, description="how many pictures")
+    labels: str | None = Field(
+        None, description="what is labelled already: a list (key, label), or a folder with a folder for each class"
+    )
+    out: str | None = Field(None, description="list to fill in, .csv or .jsonl; a page with the pictures beside it")
+    index: str | None = Field(None, description="directory that keeps the vectors for the next round")
+    group_by: str | None = Field(None, description="pattern over keys, or a column: groups to spread over")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    seed: int = Field(0, ge=0, description="of the choice of pictures that are looked at, where there are very many")
+
+
 class ModelsArguments(Settings):
     """List the published checkpoints that are known: parameters, licence, training data, whether in the cache."""
 
