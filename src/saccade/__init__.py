@@ -14,6 +14,7 @@ from saccade.errors import SaccadeError
 
 if TYPE_CHECKING:
     from saccade.adapt import adapt as adapt
+    from saccade.diagnose import diagnose as diagnose
     from saccade.embed import embed as embed
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
@@ -39,6 +40,7 @@ _HOMES = {
     "Own": "own",
     "Run": "run",
     "adapt": "adapt",
+    "diagnose": "diagnose",
     "embed": "embed",
     "evaluate": "evaluate",
     "export": "export",
@@ -59,6 +61,7 @@ __all__ = [
     "SaccadeError",
     "__version__",
     "adapt",
+    "diagnose",
     "embed",
     "evaluate",
     "export",

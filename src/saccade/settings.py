@@ -324,9 +324,9 @@ _SIZE = "side in pixels; the family's own if not given"
 
 
 class EvaluateArguments(Settings):
-    """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
+    """Measure a backbone, or several beside each other, on labelled pictures, beside raw pixels and untrained."""
 
-    backbone: Word = Field(description=BACKBONE)
+    backbone: WordList = Field(min_length=1, description=f"{BACKBONE}; several stand in one table")
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20; for "
         "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt; for "
@@ -344,6 +344,9 @@ class EvaluateArguments(Settings):
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
+    scratch: float | None = Field(
+        None, gt=0, description="minutes in which the first backbone's network learns from these labels alone"
+    )
     out: str | None = Field(None, description="JSON file to write the result to")
 
 
@@ -432,6 +435,15 @@ class PredictArguments(Settings):
     run: Word = Field(description="run directory of saccade finetune")
     data: Word = Field(description="pictures: a folder, a list, tar shards; labelled or not")
     out: str | None = Field(None, description="new folder for predictions.jsonl and what a task makes of each picture")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
+class DiagnoseArguments(Settings):
+    """Say why a classifier of saccade finetune disappoints: labels, leaks, a shifted test set, backbone or head."""
+
+    run: Word = Field(description="run directory of saccade finetune, task classification")
+    data: str | None = Field(None, description="where the pictures are now, if not where the run found them")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
 

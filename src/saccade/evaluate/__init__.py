@@ -39,7 +39,7 @@ ON_PAIRS = ("retrieval",)
 
 
 def evaluate(
-    backbone: str | Path | Encoder,
+    backbone: str | Path | Encoder | Sequence[str | Path | Encoder],
     labelled: str | Path | Source,
     *,
     tasks: Sequence[str] = TASKS,
@@ -52,6 +52,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
     baselines: bool = True,
+    scratch: float | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of a backbone on labelled pictures, in percent; the keys are those of `saccade evaluate --json`.
@@ -60,10 +61,25 @@ def evaluate(
     captions; each stands alone. `zero-shot` asks for the classes by name; `templates` are its prompts, or a file.
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
-    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
+    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Several backbones, or
+    `scratch` (minutes to learn from the labels alone, from fresh weights), stand in one `table`, with an `answer` to
+    whether pretraining was worth it. Raises `SaccadeError`.
     """
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
+    if scratch is not None or not isinstance(backbone, str | Path | Encoder):
+        from saccade import compare as page  # it stands beside finetune, which reads pages of this one
+
+        several = [backbone] if isinstance(backbone, str | Path | Encoder) else backbone
+        _check_tasks(tasks, labels)
+        if out is not None and (beside := Path(out).with_suffix(".html")).exists():
+            raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
+        found = page.compare(several, labelled, tasks=tasks, labels=labels, group_by=group_by, image_size=image_size,
+                        channels=channels, patch=patch, seed=seed, workers=workers, baselines=baselines,
+                        scratch=scratch)  # fmt: skip
+        if out is not None:
+            found["report"] = str(page.write(Path(out).with_suffix(".html"), found))
+        return _written(found, out)
     if (folder := texts.alone(backbone)) is not None:
         wanted = texts.PROBES if tasks == TASKS else tasks
         found = texts.evaluate(folder, labelled, wanted, seed)
