@@ -91,6 +91,9 @@ LAYERS = {
         4,
     ),
     "tour": 4,
+    "label_next": 4,
+    "labels": 3,
+    "coverage": 3,
     "watch": 4,
     "card": 4,
     "cli": 5,
@@ -281,6 +284,7 @@ def test_public_names() -> None:
         "export",
         "diagnose",
         "finetune",
+        "label_next",
         "load",
         "predict",
         "pretrain",
@@ -294,6 +298,7 @@ def test_public_names() -> None:
         "evaluate",
         "diagnose",
         "finetune",
+        "label_next",
     ):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
         assert not isinstance(vars(saccade).get(verb), ModuleType), verb
@@ -312,6 +317,7 @@ def test_verbs_of_the_interface() -> None:
         "predict",
         "embed",
         "search",
+        "label-next",
         "models",
         "export",
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saccade.export import export as export
     from saccade.finetune import finetune as finetune
     from saccade.finetune import predict as predict
+    from saccade.label_next import label_next as label_next
     from saccade.own import Own as Own
     from saccade.run import Run as Run
     from saccade.search import Hit as Hit
@@ -44,6 +45,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "export": "export",
     "finetune": "finetune",
+    "label_next": "label_next",
     "load": "weights",
     "predict": "finetune",
     "pretrain": "train",
@@ -64,6 +66,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "label_next",
     "load",
     "predict",
     "pretrain",

@@ -38,6 +38,7 @@ from saccade.settings import (
     EvaluateArguments,
     ExportArguments,
     FinetuneArguments,
+    LabelNextArguments,
     ModelsArguments,
     PredictArguments,
     PretrainArguments,
@@ -101,6 +102,12 @@ def _search(values: Values) -> Mapping[str, Any]:
     return {"query": query, "results": [{"key": hit.key, "score": hit.score} for hit in hits]}
 
 
+def _label_next(values: Values) -> Mapping[str, Any]:
+    from saccade.label_next import label_next
+
+    return label_next(values.pop("backbone"), values.pop("data"), **values)
+
+
 def _models(values: Values) -> Mapping[str, Any]:
     from saccade.published import listing
 
@@ -147,6 +154,7 @@ VERBS = {
     "diagnose": Verb(DiagnoseArguments, ("run",), _diagnose, lambda result: _diagnosed(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
+    "label-next": Verb(LabelNextArguments, ("backbone", "data"), _label_next),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
     "export": Verb(ExportArguments, ("backbone",), _export),
 }
@@ -518,6 +526,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         console.print(table, highlight=False)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     rest = {name: value for name, value in result.items() if name not in _SHOWN_ABOVE}
+    if "label_curve" in result:
+        rest["more labels"] = result["label_curve"]["says"]
     if "pooled" in result:
         rest["features"] = f"{result['pooled']['chosen']}, chosen by {result['pooled']['by']}"
     blind = [
@@ -618,7 +628,7 @@ _RIVALS = {
     "how often words occur": "words",
     "the commonest word": "unigram",
 }
-_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled")
+_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled", "label_curve")
 
 
 def _score(found: Any) -> str:

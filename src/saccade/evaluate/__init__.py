@@ -23,7 +23,7 @@ from saccade.data import Source
 from saccade.embed import device, encoder_of, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
-from saccade.evaluate import few_label, knn, linear, retrieval, segmentation, texts, zero_shot
+from saccade.evaluate import few_label, knn, label_curve, linear, retrieval, segmentation, texts, zero_shot
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
@@ -135,6 +135,8 @@ def _probed(
     if baselines:
         beside["baselines"] = {**_report_baselines(scores), **_blind(exam)}
         beside["differences"] = _differences(scores, exam)
+    if "few-label" in tasks:
+        beside["label_curve"] = _label_curve(extracted.features[f"pretrained/{_chosen(scores)}"], exam, seed)
     return {
         **_report(scores, exam, tasks),
         **beside,
@@ -146,6 +148,15 @@ def _probed(
         "seed": seed,
         "images_per_second": round((len(extracted.train) + len(extracted.test)) / max(read, 1e-9), 1),
     }
+
+
+def _label_curve(vectors: Tensor, exam: _Exam, seed: int) -> dict[str, Any]:
+    """The score over labels a class of the chosen features, and what more labels would bring."""
+    train, test = (part.to(device()) for part in vectors.split([len(exam.train), len(exam.test)]))
+    labels = torch.from_numpy(exam.train).to(train.device)
+    top = label_curve.largest(exam.train)
+    measured = label_curve.measure(train, labels, test, exam.test, exam.keys, top, seed)
+    return label_curve.curve(measured, 100 / len(exam.classes))
 
 
 def _warnings(data: Labelled, exam: _Exam, compared: Encoder | None) -> list[str]:
@@ -190,6 +201,7 @@ class _Exam:
     classes: list[str]
     train: np.ndarray  # labels
     test: np.ndarray
+    keys: list[str]  # of train
     apart: np.ndarray  # of train: where penalties and poolings are chosen
     train_names: list[str]  # group of each sample, or its key
     test_names: list[str]
@@ -210,7 +222,7 @@ def _exam(data: Labelled, extracted: Extracted, counts: Sequence[int], seed: int
     keys = [data.keys[row] for row in extracted.train.tolist()]
     plan = few_label.plan(train, keys, data.classes, len(test), seed, counts)
     return _Exam(
-        data.classes, train, test, apart, names, data.names(extracted.test), data.groups is not None, plan, split
+        data.classes, train, test, keys, apart, names, data.names(extracted.test), data.groups is not None, plan, split
     )  # fmt: skip
 
 
