@@ -452,6 +452,7 @@ def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_p
     )
     assert again["scores"]["auroc"] == pytest.approx(found["test"]["auroc"])
     assert (tmp_path / "said" / said[0]["heatmap"]).is_file()
+    assert predict(run, pack)["scores"]["examined"] == 20  # neither what was learned from nor masks
     alone = predict(run, pack / "test/spot")  # nothing there is known to be normal
     assert "scores" not in alone and alone["pictures"] == 8
     with pytest.raises(SaccadeError, match="cannot move a backbone: it learns from normal pictures alone"):

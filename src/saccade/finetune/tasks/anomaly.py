@@ -32,7 +32,7 @@ from saccade.finetune.curves import Pixels, Threshold, auroc, average_precision,
 from saccade.finetune.folds import folds
 from saccade.finetune.heatmap import enlarged, name_of, write
 from saccade.finetune.memory import core_set, gaussian, near
-from saccade.finetune.normal import Shown, read_mask, read_normal
+from saccade.finetune.normal import Shown, is_mask, read_mask, read_normal
 from saccade.finetune.shown import cards_of
 from saccade.finetune.task import Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
@@ -509,8 +509,8 @@ def _difference(
 
 
 def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Shown | None], dict[str, int]]:
-    """What is known of pictures by their folders or a column: nothing where none is of the normal class."""
-    labels = [source.label(row) for row in range(len(source))]
+    """What folders or a column say of pictures: none of masks, none where nothing is of the normal class."""
+    labels = [None if is_mask(source.key(row)) else source.label(row) for row in range(len(source))]
     if facts["normal"] not in labels:
         return [None] * len(labels), {}
     return [None if one is None else Shown(one, one != facts["normal"], None) for one in labels], {}
