@@ -68,8 +68,9 @@ def evaluate(
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     if scratch is not None or not isinstance(backbone, str | Path | Encoder):
-        asked = {"tasks": tasks, "labels": labels, "group_by": group_by, "image_size": image_size,
-                 "channels": channels, "patch": patch, "seed": seed, "workers": workers, "baselines": baselines, "scratch": scratch}  # fmt: skip
+        what = {"tasks": tasks, "labels": labels, "group_by": group_by, "seed": seed, "scratch": scratch}
+        how = {"image_size": image_size, "channels": channels, "patch": patch, "workers": workers}
+        asked = what | how | {"baselines": baselines}
         return _compared([backbone] if isinstance(backbone, str | Path | Encoder) else backbone, labelled, asked, out)
     if (folder := texts.alone(backbone)) is not None:
         found = texts.evaluate(folder, labelled, texts.PROBES if tasks == TASKS else tasks, seed)
