@@ -70,8 +70,8 @@ def evaluate(
     if scratch is not None or not isinstance(backbone, str | Path | Encoder):
         what = {"tasks": tasks, "labels": labels, "group_by": group_by, "seed": seed, "scratch": scratch}
         how = {"image_size": image_size, "channels": channels, "patch": patch, "workers": workers}
-        asked = what | how | {"baselines": baselines}
-        return _compared([backbone] if isinstance(backbone, str | Path | Encoder) else backbone, labelled, asked, out)
+        which = [backbone] if isinstance(backbone, str | Path | Encoder) else backbone
+        return _compared(which, labelled, what | how | {"baselines": baselines}, out)
     if (folder := texts.alone(backbone)) is not None:
         found = texts.evaluate(folder, labelled, texts.PROBES if tasks == TASKS else tasks, seed)
         return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
@@ -96,8 +96,7 @@ def evaluate(
         if probes := [task for task in tasks if task in TASKS]:
             found = _probed(encoder, labelled, probes, labels, group_by, seed, workers, baselines)
             result |= found | {"warnings": list(dict.fromkeys([*result.get("warnings", ()), *found["warnings"]]))}
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return _written(result, out)
+    return _written({**result, "seconds": round(time.perf_counter() - started, 1)}, out)
 
 
 def _compared(
