@@ -74,8 +74,26 @@ LAYERS = {
         ],
         3,
     ),
-    **dict.fromkeys(["train", "adapt", "evaluate", "finetune", "embed", "search", "explore", "report", "export"], 4),
+    **dict.fromkeys(
+        [
+            "train",
+            "adapt",
+            "evaluate",
+            "finetune",
+            "diagnose",
+            "compare",
+            "embed",
+            "search",
+            "explore",
+            "report",
+            "export",
+        ],
+        4,
+    ),
     "tour": 4,
+    "label_next": 4,
+    "labels": 3,
+    "coverage": 3,
     "watch": 4,
     "card": 4,
     "cli": 5,
@@ -264,13 +282,22 @@ def test_public_names() -> None:
         "embed",
         "evaluate",
         "export",
+        "finetune",
+        "label_next",
         "load",
+        "predict",
         "pretrain",
     }
     assert set(saccade.__all__) <= set(dir(saccade))
     for name in saccade.__all__:
         assert not isinstance(getattr(saccade, name), ModuleType), f"saccade.{name} must not be its page"
-    for verb in ("adapt", "embed", "evaluate"):  # whoever imports the page of a verb, the name stays the verb
+    for verb in (
+        "adapt",
+        "embed",
+        "evaluate",
+        "finetune",
+        "label_next",
+    ):  # whoever imports the page of a verb, the name stays the verb
         setattr(saccade, verb, importlib.import_module(f"saccade.{verb}"))  # as the import system does
         assert not isinstance(vars(saccade).get(verb), ModuleType), verb
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
@@ -283,8 +310,11 @@ def test_verbs_of_the_interface() -> None:
         "pretrain",
         "adapt",
         "evaluate",
+        "finetune",
+        "predict",
         "embed",
         "search",
+        "label-next",
         "models",
         "export",
     }

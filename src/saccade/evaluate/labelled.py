@@ -54,7 +54,7 @@ def read_labelled(
     source = open_source(labelled, short_side=short_side, channels=channels)
     keys = [source.key(row) for row in range(len(source))]
     parts, classes_of = _parts_and_classes(source, keys, labelled)
-    groups, warnings = _groups(source, keys, group_by)
+    groups, warnings = groups_of(source, keys, group_by)
     official = any(part is not None for part in parts)
     if official and (group_by is None or not _torn(groups, parts)):
         train, test, split = _official(parts, warnings)
@@ -183,7 +183,7 @@ def part_of(name: str) -> str:
     return "train" if name in TRAIN else "test" if name in TEST else "unused"
 
 
-def _groups(source: Source, keys: list[str], group_by: str | None) -> tuple[list[str] | None, list[str]]:
+def groups_of(source: Source, keys: list[str], group_by: str | None) -> tuple[list[str] | None, list[str]]:
     """Each sample's group: by pattern, or as the source has it; a sample without one is a group of its own."""
     warnings: list[str] = []
     if group_by is not None:

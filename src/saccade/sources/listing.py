@@ -20,7 +20,7 @@ from saccade.sources.strings import Strings
 
 EXTENSIONS = (".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl", ".parquet")
 TABLES = (".csv", ".tsv", ".jsonl")
-_PATHS = ("path", "file", "filename", "file_name", "filepath", "image")
+_PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "key")
 """Names of the column that says which picture a row is of."""
 
 
@@ -37,14 +37,7 @@ def read_list(path: Path, texts: bool = False) -> Listed:
 
     Raises `SaccadeError` when it is empty, names nothing that exists, or has no captions where they are wanted.
     """
-    try:
-        paths, columns = _columns(path)
-    except (OSError, csv.Error) as error:
-        raise SaccadeError(f"cannot read the list {path}: {error}", path=path) from None
-    if not paths:
-        raise SaccadeError(
-            f"the list {path} names no pictures", path=path, hint="one path a line, relative to its folder"
-        )
+    paths, columns = read_columns(path)
     if not any(os.path.exists(os.path.join(path.parent, name)) for name in paths[:100]):
         raise SaccadeError(
             f"the list {path} names files that do not exist, first {paths[0]!r}",
@@ -57,6 +50,19 @@ def read_list(path: Path, texts: bool = False) -> Listed:
         captions = Column.of(said)
     named = {name: Strings(map(cell_of, column)) for name, column in columns.items()}
     return Listed(Strings(name.removeprefix("./") for name in paths), named, captions)
+
+
+def read_columns(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """The paths of a list as they stand there, and its other columns. Raises `SaccadeError` where it names nothing."""
+    try:
+        paths, columns = _columns(path)
+    except (OSError, csv.Error) as error:
+        raise SaccadeError(f"cannot read the list {path}: {error}", path=path) from None
+    if not paths:
+        raise SaccadeError(
+            f"the list {path} names no pictures", path=path, hint="one path a line, relative to its folder"
+        )
+    return paths, columns
 
 
 def _columns(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
