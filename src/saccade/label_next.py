@@ -154,20 +154,20 @@ def label_next(
     source = open_source(data, short_side=encoder.preprocess.canvas, channels=encoder.preprocess.channels)
     keys = [source.key(row) for row in range(len(source))]
     groups, warnings = (None, []) if group_by is None else groups_of(source, keys, group_by)
-    root = None if isinstance(data, Source) else Path(data).expanduser()
-    told = Labels() if labels is None else read_labels(labels, source, keys, root)
+    told = Labels()
+    if labels is not None:
+        told = read_labels(labels, source, keys, None if isinstance(data, Source) else Path(data).expanduser())
     with _kept(index) as place:
         pool = _embedded(encoder, source, place, told, workers)
     warnings += _odd(told, pool)
     labelled = {*told.inside, *(len(keys) + row for row in told.beside)}
     free = [number for number, row in enumerate(pool.rows) if row not in labelled]
     if not free:
-        raise SaccadeError(
-            "every picture that can be read is labelled", path=str(labels or data), hint="there is no next one"
-        )
+        said = "every picture that can be read is labelled"
+        raise SaccadeError(said, path=str(labels or data), hint="there is no next one")
     classes = {**told.inside, **{len(keys) + row: name for row, name in told.beside.items()}}
-    have = [(number, classes[row]) for number, row in enumerate(pool.rows) if row in labelled]
-    known = Known([number for number, _ in have], [name for _, name in have])
+    have = {number: classes[row] for number, row in enumerate(pool.rows) if row in labelled}
+    known = Known(list(have), list(have.values()))
     named = None if groups is None else [groups[row] if row < len(keys) else "" for row in pool.rows]
     proposal = propose(pool.vectors, known, n, free=free, groups=named, seed=seed)
     rows = [pool.rows[number] for number in proposal.rows]
@@ -176,13 +176,9 @@ def label_next(
     ]
     if len(rows) < n:
         warnings.append(f"{n} were asked for; {len(free)} are left, and {len(rows)} of them are no near duplicates")
-    result = {
-        "asked": n,
-        "proposed": proposed,
-        "by": "coverage" if proposal.between[0] is None else "coverage and doubt",
-        **_counted(known, told, pool, len(keys), len(free), proposal.duplicates),
-        "warnings": warnings,
-    }
+    by = "coverage" if proposal.between[0] is None else "coverage and doubt"
+    result = {"asked": n, "proposed": proposed, "by": by, "warnings": warnings}
+    result |= _counted(known, told, pool, len(keys), len(free), proposal.duplicates)
     if groups is not None:
         result["groups"] = {"all": len(set(groups)), "proposed": len({groups[row] for row in rows})}
     if out is not None:
