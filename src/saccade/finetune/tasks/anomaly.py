@@ -267,11 +267,11 @@ class Head(AnyHead):
         return self.joined(farthest(outputs[:, 0].flatten(1), self.top), outputs[:, 1, 0, 0])
 
     def joined(self, patches: Float[Tensor, " n"], vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Both scores as one: the mean of how many spreads of normal pictures each is above theirs."""
+        """Both scores as one: the larger, each as how many spreads of normal pictures it is above their mean."""
         if self.score_of != "both":
             return patches if self.score_of == "patches" else vector
         both = torch.stack([patches, vector], dim=1)
-        return ((both - self.usual[:, 0]) / self.usual[:, 1]).mean(dim=1)
+        return ((both - self.usual[:, 0]) / self.usual[:, 1]).amax(dim=1)
 
     def answer(self, outputs: Float[Tensor, "b 2 y x"]) -> tuple[Tensor, ...]:
         """The score of each picture, and the distance of each of its patches."""
