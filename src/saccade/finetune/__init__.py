@@ -88,7 +88,7 @@ def _begun(page: Task, encoder: Encoder, seen: Any, examples: Examples, own: Any
         return page.fit(seen, examples, own)
     fresh = page.part("fresh")
     if fresh is not None and not way.head_start:
-        begun: Fitted = fresh(encoder, examples)
+        begun: Fitted = fresh(encoder, examples, own)
         return begun
     return page.fit(seen, dataclasses.replace(examples, held=examples.held[:0]), own)
 

@@ -104,6 +104,9 @@ def _unlearned(source: Source, targets: Sequence[Any]) -> tuple[Sequence[Any], l
 
 def opened(tuned: Tuned, data: str | Path | Source) -> tuple[Source, tuple[Sequence[Any], Mapping[str, int]]]:
     """The pictures, decoded as the head reads them; their targets (None: not known), and labels never learned."""
+    own = tuned.task.part("opened")
+    if own is not None and (found := own(data, tuned.encoder, tuned.facts)) is not None:
+        return found[0], (found[1], found[2])
     short = None if tuned.head.whole else tuned.encoder.preprocess.canvas
     source = open_source(data, short_side=short, channels=tuned.encoder.preprocess.channels)
     known = tuned.task.part("known")

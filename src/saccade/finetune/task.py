@@ -23,7 +23,9 @@ and, if it likes,
                                                       and how often each class came that was never learned
     def scores(told, facts) -> dict                   of what was told of pictures with a target, for `predict`
     def again(head, seen, rows) -> (rows, outputs)    frozen mode: outputs of rows of which `seen` holds enough
-    def fresh(encoder, examples) -> Fitted            a head that has learned nothing, for weights that have not either
+    def fresh(encoder, examples, settings) -> Fitted  a head that has learned nothing, for weights that have not either
+    def tally(output, target, facts) -> Tensor        of a picture held out, what `score` reads in place of its outputs
+    def opened(data, encoder, facts) -> (source, targets, unknown) | None   what `predict` reads where `known` cannot
     def calibrate(head, outputs, targets, settings) -> dict    after tuning, by the held-out part: a temperature
 """
 
@@ -186,7 +188,7 @@ class Task:
 
     def part(self, name: str) -> Callable[..., Any] | None:
         """What a page may have: `loss`, `stack`, `score`, `views`, `sections`, `known`, `scores`, `again`, `fresh`,
-        `calibrate`."""
+        `tally`, `opened`, `calibrate`."""
         found: Callable[..., Any] | None = vars(self.page).get(name)
         return found
 

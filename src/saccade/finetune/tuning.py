@@ -203,12 +203,18 @@ class Watching(Watch):
 
 def looked_at(encoder: Encoder, head: Head, page: Task, examples: Examples) -> tuple[Tensor, Tensor]:
     """Outputs and targets of what is held out."""
-    rows, found = list[int](), list[Tensor]()
+    rows, found, tally = list[int](), list[Tensor](), page.part("tally")
     for said in outputs_of(encoder, head, examples.source, examples.held.tolist(), []):
         rows += said.rows
-        found += [one.float().cpu() for one in said.outputs]
+        outputs = zip(said.rows, said.outputs, strict=True)
+        found += [
+            one.float().cpu() if tally is None else tally(one, examples.targets[row], examples.facts)
+            for row, one in outputs
+        ]
     if not rows:
         raise SaccadeError("no picture that is held out of train can be read", hint="look at the files", code=1)
+    if tally is not None:
+        return torch.stack(found), torch.tensor(rows)
     stack = page.part("stack")
     assert stack is not None
     return torch.stack(found), stack([examples.targets[row] for row in rows], examples.facts)

@@ -276,7 +276,7 @@ def fit(seen: Vectors, examples: Examples, settings: Settings) -> Fitted:
     return Fitted(head.eval(), {**said, "seconds": round(time.perf_counter() - began, 2)})
 
 
-def fresh(encoder: Encoder, examples: Examples) -> Fitted:
+def fresh(encoder: Encoder, examples: Examples, settings: Settings) -> Fitted:
     """A head that knows nothing, on the vector that the family pools."""
     config = encoder.backbone.config
     pooling = "mean" if config.pooling == "mean" else "cls"
