@@ -100,7 +100,7 @@ def test_the_backbone_may_move(data: Path, encoder: Encoder, tmp_path: Path, mod
 
 def test_from_scratch(data: Path, encoder: Encoder, tmp_path: Path) -> None:
     run = finetune(
-        encoder, data, task="segmentation", mode="full", from_scratch=True, steps=2, batch=4, workers=0,
+        encoder, data, task="segmentation", mode="full", from_scratch=True, steps=2, batch=4, workers=0, **QUICK,
         out=tmp_path / "run",
     )  # fmt: skip
     assert run.summary["chosen"]["steps"] == 2

@@ -427,6 +427,7 @@ class MapSettings(task.TaskSettings):
         None, gt=0, description="sides are multiplied by it; if not given, the short side becomes --image-size"
     )
     overlap: float = Field(0.25, ge=0, lt=1, description="how far windows lap over, as a part of their side")
+    baselines: bool = Field(True, description="also learn what must be beaten: colour and place, an untrained network")
     zoom: float = Field(1.5, ge=1, description="a moving backbone sees so many times smaller and larger windows too")
     flip: float = Field(0.5, ge=0, le=1, description="how often a view is mirrored; 0 where that is another thing")
     colour: float = Field(0.5, ge=0, description="strength of the colour jitter that a moving backbone sees")

@@ -32,8 +32,10 @@ def rivals(
 ) -> dict[str, list[Any]]:
     """By name of a rival what `count` makes of its outputs and the target, of each of these rows.
 
-    `head` learns one on what another encoder saw.
+    `head` learns one on what another encoder saw. None where `settings` want none.
     """
+    if not settings.baselines:
+        return {}
     contestants: dict[str, Outputs] = {"pixels": _colour(examples, goal, seen.seed)}
     if known(seen.encoder.backbone):
         fresh = untrained(seen.encoder, seen.seed).to(seen.encoder.device)
