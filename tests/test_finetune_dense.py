@@ -97,9 +97,14 @@ def test_ridge_is_the_best_linear_map() -> None:
     rows = torch.randn(500, 3, generator=generator) * torch.tensor([1.0, 50.0, 0.1]) + 7
     targets = rows @ torch.tensor([1.0, -0.02, 3.0]) + 5
     held = torch.arange(500) % 5 == 0
-    solved = dense._goal({"mean": 0.0, "spread": 1.0}).solve(rows, targets, held)
+    solved = dense._goal({"mean": 0.0, "spread": 1.0}).solve(rows, targets, held, True)
     torch.testing.assert_close(rows @ solved.weight[:, 0] + solved.bias, targets, atol=1e-2, rtol=1e-3)
     assert solved.held_out > 99.9 and solved.penalty == min(dense.PENALTIES)
+    spoiled = torch.where(held, -targets, targets)
+    apart = dense._goal({"mean": 0.0, "spread": 1.0}).solve(rows, spoiled, held, False)
+    again = dense._goal({"mean": 0.0, "spread": 1.0}).solve(rows, torch.where(held, 5 - targets, targets), held, False)
+    if apart.penalty == again.penalty:  # what is held out chooses the penalty, and nothing else
+        torch.testing.assert_close(apart.weight, again.weight)
 
 
 def test_numbers_of_every_kind_of_file(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from saccade import convnet, predict, vit
+from saccade import convnet, export, predict, vit
 from saccade.draws import Draws
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate.masked import VOID, Classes
-from saccade.finetune import cropping, finetune, maps, paint, pixelwise, tuned
+from saccade.finetune import cropping, finetune, maps, paint, pixelwise, task, tuned
 from saccade.finetune.tasks import segmentation
 from saccade.finetune.windows import Frame, slide
 
@@ -312,3 +312,36 @@ def test_a_vector_has_no_map(data: Path, encoder: Encoder, tmp_path: Path) -> No
     encoder.grid = (0, 0)
     with pytest.raises(SaccadeError, match="no patches"):
         finetune(encoder, data, task="segmentation", out=tmp_path / "run")
+
+
+def test_what_is_held_out_is_not_learned_where_it_is_to_judge() -> None:
+    from saccade.evaluate.linear import Standard, fit
+    from saccade.evaluate.segmentation import solve
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 3, generator=generator)
+    labels = (rows[:, 0] > 0).long()
+    held = torch.arange(400) % 4 == 0
+    apart = solve(rows, torch.where(held, 1 - labels, labels), 2, held, None, False)
+    standard = Standard.of(rows[~held])
+    expected = fit(standard(rows[~held]), labels[~held], 2, apart.penalty)
+    torch.testing.assert_close(apart.weights.weight, expected.weight, atol=1e-3, rtol=1e-3)
+    assert torch.equal(apart.standard.mean, standard.mean)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("vit", "linear"), ("vit", "decoder"), ("resnet", "decoder"), ("convnext", "decoder")]
+)
+def test_encoder_and_head_in_onnxruntime(arch: str, kind: str, encoder: Encoder, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    if arch != "vit":
+        name = {"resnet": "resnet-10-half/16", "convnext": "convnext-a/32"}[arch]
+        network = convnet.build(name, image_size=64, channels=3)
+        encoder = Encoder(network.eval(), {"family": "saccade", "arch": name})
+    settings = segmentation.Settings(head=kind)  # type: ignore[arg-type]
+    facts = {"classes": ["a", "b", "c"], "values": [0, 1, 2]}
+    head = segmentation._head(pixelwise.unlearned(encoder, 3, settings), encoder, facts, settings)
+    model = tuned.Tuned(encoder, head, task.find("segmentation"), facts)
+    model.save(tmp_path / "run")
+    said = export(tmp_path / "run", to="onnx", out=tmp_path / "out")
+    assert said["outputs"] == ["probabilities"] and said["checked"]["max_abs_difference"] < 1e-4

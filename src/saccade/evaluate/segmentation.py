@@ -320,10 +320,11 @@ def solve(
     classes: int,
     held: Tensor,
     weights: Float[Tensor, " k"] | None = None,
+    whole: bool = True,
 ) -> Layer:
     """The penalty with the best score on the pixels held out, strong to weak as `linear` sweeps; then fitted to all.
 
-    `weights`: how much each class counts.
+    `weights`: how much each class counts. Not `whole`: never fitted to what is held out.
     """
     held = held.to(rows.device)
     each = None if weights is None else weights.to(rows)[labels]
@@ -338,8 +339,11 @@ def solve(
         best, best_score, since = (penalty, score, 0) if score > best_score else (best, best_score, since + 1)
         if since == 2:
             break
-    standard = Standard.of(rows)
-    return Layer(standard, fit(standard(rows), labels, classes, best, weights=each), best, best_score)
+    if whole:
+        standard, some = Standard.of(rows), each
+        rest = standard(rows)
+    learned = labels if whole else labels[~held]
+    return Layer(standard, fit(rest, learned, classes, best, weights=some), best, best_score)
 
 
 def _counts(logits: Float[Tensor, "k y x"], mask: UInt8[Tensor, "h w"], classes: int) -> Int[np.ndarray, "3 k"]:

@@ -6,6 +6,7 @@ at chosen pixels of the targets as they lie on disk, whatever the grid.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import tempfile
@@ -74,13 +75,13 @@ class Decoder(nn.Module):
         self.layer = nn.Conv2d(_WIDTH, outputs, 1)
 
     def forward(self, seen: Maps) -> Float[Tensor, "b k _ _"]:
-        finest = max(seen.maps, key=lambda x: x.shape[2]).shape[2:]
+        finest = seen.maps[0].shape[2:]
         parts = zip(seen.maps, self.standards, self.projections, strict=True)
         x = torch.stack([_enlarged(project(norm(part)), finest) for part, norm, project in parts]).sum(dim=0)
         picture = self.thin(2 * seen.images - 1)
         quarter = picture.shape[2:]
         x = self.mix(F.gelu(x))
-        x = self.middle(_enlarged(x, [max(side, full // 2) for side, full in zip(finest, quarter, strict=True)]))
+        x = self.middle(_enlarged(x, [(few + many) // 2 for few, many in zip(finest, quarter, strict=True)]))
         return self.layer(self.fine(torch.cat([_enlarged(x, quarter), picture], 1)))
 
 
@@ -263,8 +264,8 @@ class Goal:
     loss: Callable[[Float[Tensor, "n k"], Shaped[Tensor, " n"]], Float[Tensor, ""]]
     score: Callable[[Float[Tensor, "n k"], Shaped[Tensor, " n"]], float]
     """Higher is better."""
-    solve: Callable[[Float[Tensor, "n d"], Shaped[Tensor, " n"], Bool[Tensor, " n"]], Solved]
-    """The best linear layer: features, targets, whether held out."""
+    solve: Callable[[Float[Tensor, "n d"], Shaped[Tensor, " n"], Bool[Tensor, " n"], bool], Solved]
+    """The best linear layer: features, targets, whether held out; and whether it then learns from these too."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,8 @@ class Lesson:
     seed: int
     device: torch.device
     flip: float
+    whole: bool
+    """The head that comes out also learns from what is held out, once that has chosen."""
 
     def usable(self, number: int) -> np.ndarray:
         """The pixels of a piece that count."""
@@ -304,7 +307,7 @@ def linear(lesson: Lesson) -> tuple[Solved, dict[str, Any]]:
         piece = lesson.pieces[number]
         where = points(piece, lesson.chosen(number))
         rows.append(at(piece.maps[-1][None].float().to(lesson.device), where[None].to(lesson.device))[0])
-    solved = lesson.goal.solve(torch.cat(rows), *lesson.targets())
+    solved = lesson.goal.solve(torch.cat(rows), *lesson.targets(), lesson.whole)
     return solved, {"penalty": solved.penalty, "held_out": round(solved.held_out, 3)}
 
 
@@ -319,22 +322,21 @@ class Pace:
 
 
 def decoder(lesson: Lesson, pace: Pace) -> tuple[Decoder, dict[str, Any]]:
-    """A decoder, after as many steps as do best on what is held out, then of all pieces in as many steps."""
+    """A decoder, after as many steps as do best on what is held out; then, if wanted, of all pieces in as many."""
     looks = sorted({max(1, round(n * pace.steps / _LOOKS)) for n in range(1, _LOOKS + 1)})
     targets, held = lesson.targets()
     out = [number for number in range(len(lesson.pieces)) if lesson.held[number]]
-    scores: dict[int, float] = {}
+    best, highest, kept = 0, -math.inf, None
     for step, network in _learning(lesson, pace, [n for n in range(len(lesson.pieces)) if not lesson.held[n]]):
-        if step in looks:
-            scores[step] = lesson.goal.score(_said(network, lesson, out), targets[held])
-    best = max(scores, key=lambda step: (scores[step], -step))
-    last = None
-    for step, network in _learning(lesson, pace, list(range(len(lesson.pieces)))):
-        last = network
+        if step in looks and (found := lesson.goal.score(_said(network, lesson, out), targets[held])) > highest:
+            best, highest, kept = step, found, copy.deepcopy(network)
+    for step, network in _learning(lesson, pace, list(range(len(lesson.pieces)))) if lesson.whole else ():
         if step == best:
+            kept = network
             break
-    assert last is not None
-    return last.eval(), {"steps": best, "weight_decay": pace.weight_decay, "held_out": round(scores[best], 3)}
+    if kept is None:
+        raise SaccadeError("the decoder diverged", path="--decoder-rate", hint="lower it", code=1)
+    return kept.eval(), {"steps": best, "weight_decay": pace.weight_decay, "held_out": round(highest, 3)}
 
 
 def _learning(lesson: Lesson, pace: Pace, numbers: list[int]) -> Iterator[tuple[int, Decoder]]:
@@ -450,9 +452,9 @@ class Seen:
     kind: str | None = None
     """Of the head that was learned of it."""
 
-    def lesson(self, goal: Goal, flip: float) -> Lesson:
+    def lesson(self, goal: Goal, flip: float, whole: bool) -> Lesson:
         """Its pieces, and what is to be learned of them."""
-        return Lesson(self.pieces, self.held, goal, self.seed, self.encoder.device, flip)
+        return Lesson(self.pieces, self.held, goal, self.seed, self.encoder.device, flip, whole)
 
 
 def observe(encoder: Encoder, examples: task.Examples, settings: MapSettings, seed: int, words: str = "maps") -> Seen:
@@ -492,9 +494,12 @@ class Learned:
     chosen: dict[str, Any]
 
 
-def learn(seen: Seen, goal: Goal, settings: MapSettings, kind: str | None = None) -> Learned:
-    """The head that does best on what is held out, or the one that is asked for."""
-    lesson, wanted = seen.lesson(goal, settings.flip), kind or settings.head
+def learn(seen: Seen, goal: Goal, settings: MapSettings, kind: str | None = None, whole: bool = True) -> Learned:
+    """The head that does best on what is held out, or the one that is asked for.
+
+    Not `whole`: it does not learn from what is held out, which is to judge what comes after it.
+    """
+    began, lesson, wanted = time.perf_counter(), seen.lesson(goal, settings.flip, whole), kind or settings.head
     usable = [bool(len(lesson.usable(number))) for number in range(len(lesson.pieces))]
     for side in (True, False):
         if not any(fine for fine, held in zip(usable, seen.held.tolist(), strict=True) if held is side):
@@ -514,7 +519,8 @@ def learn(seen: Seen, goal: Goal, settings: MapSettings, kind: str | None = None
     best = max(found, key=lambda name: found[name][1]["held_out"])
     heads = {name: said for name, (_, said) in found.items()}
     network, seen.kind = found[best][0].to(seen.encoder.device), best
-    return Learned(best, widths if best == "decoder" else widths[-1:], network, {"head": best, "heads": heads})
+    took = {"head": best, "heads": heads, "seconds": round(time.perf_counter() - began, 2)}
+    return Learned(best, widths if best == "decoder" else widths[-1:], network, took)
 
 
 def unlearned(encoder: Encoder, outputs: int, settings: MapSettings) -> Learned:

@@ -73,7 +73,7 @@ def _colour(examples: Examples, goal: Goal, seed: int) -> Outputs:
         rows.append(_said(picture[0])[where])
         targets.append(target.flatten()[where])
         held.append(torch.full((len(where),), row in apart))
-    solved: Solved = goal.solve(torch.cat(rows), torch.cat(targets), torch.cat(held))
+    solved: Solved = goal.solve(torch.cat(rows), torch.cat(targets), torch.cat(held), True)
 
     def outputs(picture: Tensor) -> Tensor:
         return (_said(picture) @ solved.weight + solved.bias).T.unflatten(1, tuple(picture.shape[1:]))

@@ -83,14 +83,18 @@ def _goal(facts: Mapping[str, Any]) -> Goal:
         truth = wanted(targets)
         return 100 * (1 - float((outputs[:, 0] - truth).square().mean() / truth.var(correction=0).clamp_min(1e-12)))
 
-    def solve(rows: Float[Tensor, "n d"], targets: Float[Tensor, " n"], held: Bool[Tensor, " n"]) -> Solved:
-        return _ridge(rows, wanted(targets), held, lambda outputs: score(outputs[:, None], targets[held]))
+    def solve(
+        rows: Float[Tensor, "n d"], targets: Float[Tensor, " n"], held: Bool[Tensor, " n"], whole: bool
+    ) -> Solved:
+        return _ridge(rows, wanted(targets), held, whole, lambda outputs: score(outputs[:, None], targets[held]))
 
     return Goal(1, torch.isfinite, loss, score, solve)
 
 
-def _ridge(rows: Float[Tensor, "n d"], targets: Float[Tensor, " n"], held: Bool[Tensor, " n"], score: Any) -> Solved:
-    """The penalty that scores best on the pixels held out, then fitted to all; standardised features."""
+def _ridge(
+    rows: Float[Tensor, "n d"], targets: Float[Tensor, " n"], held: Bool[Tensor, " n"], whole: bool, score: Any
+) -> Solved:
+    """The penalty that scores best on the pixels held out, then fitted to these too if wanted; features standardised."""
 
     def fitted(features: Tensor, numbers: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         standard = Standard.of(features)
@@ -106,7 +110,8 @@ def _ridge(rows: Float[Tensor, "n d"], targets: Float[Tensor, " n"], held: Bool[
         weight, bias = fitted(rows[~held], targets[~held], penalty)
         scores[penalty] = score(rows[held] @ weight + bias)
     best = max(scores, key=lambda penalty: (scores[penalty], penalty))
-    weight, bias = fitted(rows, targets, best)
+    learned = torch.ones_like(held) if whole else ~held
+    weight, bias = fitted(rows[learned], targets[learned], best)
     return Solved(weight[:, None], bias[None], best, scores[best])
 
 
@@ -157,7 +162,8 @@ class Head(pixelwise.MapHead):
 
 def fit(seen: pixelwise.Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
     """The head that does best on the part held out."""
-    learned = pixelwise.learn(seen, _goal(examples.facts), settings)
+    whole = len(examples.held) > 0  # else it is to judge a backbone that moves
+    learned = pixelwise.learn(seen, _goal(examples.facts), settings, whole=whole)
     return task.Fitted(_head(learned, seen.encoder, examples.facts, settings), learned.chosen)
 
 

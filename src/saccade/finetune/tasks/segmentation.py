@@ -90,9 +90,11 @@ def _goal(facts: Mapping[str, Any], settings: Settings) -> Goal:
     def score(logits: Float[Tensor, "n k"], targets: UInt8[Tensor, " n"]) -> float:
         return float(segmentation.miou(segmentation.tally(logits.argmax(1), targets.long(), classes)))
 
-    def solve(rows: Float[Tensor, "n d"], targets: UInt8[Tensor, " n"], held: Bool[Tensor, " n"]) -> Solved:
+    def solve(
+        rows: Float[Tensor, "n d"], targets: UInt8[Tensor, " n"], held: Bool[Tensor, " n"], whole: bool
+    ) -> Solved:
         counted = weights if settings.balance else None
-        layer = segmentation.solve(rows, targets.long(), classes, held, counted)
+        layer = segmentation.solve(rows, targets.long(), classes, held, counted, whole)
         spread = layer.weights.weight / layer.standard.spread[:, None]
         return Solved(spread, layer.weights.bias - layer.standard.mean @ spread, layer.penalty, layer.held_out)
 
@@ -150,7 +152,8 @@ class Head(pixelwise.MapHead):
 
 def fit(seen: pixelwise.Seen, examples: task.Examples, settings: Settings) -> task.Fitted:
     """The head that does best on the part held out."""
-    learned = pixelwise.learn(seen, _goal(examples.facts, settings), settings)
+    whole = len(examples.held) > 0  # else it is to judge a backbone that moves
+    learned = pixelwise.learn(seen, _goal(examples.facts, settings), settings, whole=whole)
     return task.Fitted(_head(learned, seen.encoder, examples.facts, settings), learned.chosen)
 
 
