@@ -94,7 +94,7 @@ def _goal(facts: Mapping[str, Any]) -> Goal:
 def _ridge(
     rows: Float[Tensor, "n d"], targets: Float[Tensor, " n"], held: Bool[Tensor, " n"], whole: bool, score: Any
 ) -> Solved:
-    """The penalty that scores best on the pixels held out, then fitted to these too if wanted; features standardised."""
+    """The penalty that scores best on the pixels held out, then fitted to these too if wanted; standardised."""
 
     def fitted(features: Tensor, numbers: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
         standard = Standard.of(features)
