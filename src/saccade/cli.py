@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -32,10 +33,12 @@ from saccade.errors import SaccadeError, nearest
 from saccade.settings import (
     LENGTHS,
     AdaptArguments,
+    DiagnoseArguments,
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
     FinetuneArguments,
+    LabelNextArguments,
     ModelsArguments,
     PredictArguments,
     PretrainArguments,
@@ -81,7 +84,8 @@ def _adapt(values: Values) -> Mapping[str, Any]:
 def _evaluate(values: Values) -> Mapping[str, Any]:
     from saccade.evaluate import evaluate
 
-    return evaluate(values.pop("backbone"), values.pop("labelled"), **values)
+    first, *others = values.pop("backbone")
+    return evaluate([first, *others] if others else first, values.pop("labelled"), **values)
 
 
 def _embed(values: Values) -> Mapping[str, Any]:
@@ -96,6 +100,12 @@ def _search(values: Values) -> Mapping[str, Any]:
     query = {name: values[name] for name in ("image", "text", "key") if values.get(name) is not None}
     hits = Index.open(values["index"]).search(k=values["k"], **query)
     return {"query": query, "results": [{"key": hit.key, "score": hit.score} for hit in hits]}
+
+
+def _label_next(values: Values) -> Mapping[str, Any]:
+    from saccade.label_next import label_next
+
+    return label_next(values.pop("backbone"), values.pop("data"), **values)
 
 
 def _models(values: Values) -> Mapping[str, Any]:
@@ -122,6 +132,12 @@ def _predict(values: Values) -> Mapping[str, Any]:
     return predict(values.pop("run"), values.pop("data"), **values)
 
 
+def _diagnose(values: Values) -> Mapping[str, Any]:
+    from saccade.diagnose import diagnose
+
+    return diagnose(values.pop("run"), **values)
+
+
 def _tour(values: Values) -> Mapping[str, Any]:
     from saccade.tour import tour
 
@@ -135,8 +151,10 @@ VERBS = {
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
     "finetune": Verb(FinetuneArguments, ("backbone", "data"), _finetune, lambda result: _tuned(result)),
     "predict": Verb(PredictArguments, ("run", "data"), _predict, lambda result: _predicted(result)),
+    "diagnose": Verb(DiagnoseArguments, ("run",), _diagnose, lambda result: _diagnosed(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
+    "label-next": Verb(LabelNextArguments, ("backbone", "data"), _label_next),
     "models": Verb(ModelsArguments, ("pattern",), _models, lambda result: _catalogue(result["models"])),
     "export": Verb(ExportArguments, ("backbone",), _export),
 }
@@ -316,10 +334,23 @@ def _parse(
         lines = [line.strip("╭╮╰╯│─ ") for line in complaint.getvalue().splitlines()]
         reason = " ".join(line for line in lines[1:] if line and "--help" not in line)  # without its title and footer
         raise SaccadeError(reason or lines[0], hint=f"see saccade {name} --help") from None
-    torn = next((value for value in dict(parsed).values() if isinstance(value, list)), None)
+    words_of = dict(parsed)
+    torn = next((value for value in words_of.values() if isinstance(value, list)), None)
+    if unknown and torn is not None:  # tyro gave the first word behind flags to what stands behind the list
+        torn += [words_of.pop(field) for field in standing if isinstance(words_of[field], str)]
+        words_of |= {field: None for field in standing if field not in words_of}
     _place(name, unknown, [flag(field) for field in fields if field not in standing], torn)
-    said = {field: value for field, value in dict(parsed).items() if value not in (None, [], defaults.get(field))}
+    parted = _parted(words_of, standing)
+    said = {field: value for field, value in parted.items() if value not in (None, [], defaults.get(field))}
     return {field: _value(fields[field], value) for field, value in said.items()}
+
+
+def _parted(parsed: Values, standing: Sequence[str]) -> Values:
+    """A word that stands behind a list of words is the last of them, once there are two."""
+    for one, behind in itertools.pairwise(standing):
+        if isinstance(parsed[one], list) and len(parsed[one]) > 1 and parsed[behind] is None:
+            parsed |= {one: parsed[one][:-1], behind: parsed[one][-1]}
+    return parsed
 
 
 def _place(name: str, unknown: list[str], flags: list[str], torn: list[str] | None) -> None:
@@ -444,9 +475,21 @@ def _predicted(result: Mapping[str, Any]) -> str:
     return "\n".join(_lines({**result, "scores": scores}))
 
 
+def _diagnosed(result: Mapping[str, Any]) -> str:
+    """The verdict, and a line a culprit; the pictures stand in the report."""
+    lines = [result["verdict"], ""]
+    for name, found in result["findings"].items():
+        lines.append(f"{'->' if found['found'] else '  '} {name}: {found['reason']}")
+        lines += [f"      {found['advice']}"] if found["found"] else []
+    kept = ("run", "data", "right", "train", "test", "warnings", "quarantined", "seconds", "report")
+    return "\n".join([*lines, "", *_lines({name: result[name] for name in kept})])
+
+
 def _scores(result: Mapping[str, Any]) -> str:
     """Scores as a table, the backbone above what it must beat; below it whether it does, and how this was measured."""
     rivals = result.get("baselines", {})
+    if "table" in result:
+        return _compared(result)
     if "segmentation" in result:
         return _segments(result, rivals)
     if "retrieval" in result:
@@ -479,6 +522,8 @@ def _scores(result: Mapping[str, Any]) -> str:
         console.print(table, highlight=False)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     rest = {name: value for name, value in result.items() if name not in _SHOWN_ABOVE}
+    if "label_curve" in result:
+        rest["more labels"] = result["label_curve"]["says"]
     if "pooled" in result:
         rest["features"] = f"{result['pooled']['chosen']}, chosen by {result['pooled']['by']}"
     blind = [
@@ -486,6 +531,33 @@ def _scores(result: Mapping[str, Any]) -> str:
     ]
     rest |= {"without looking": ", ".join(blind)} if blind else {}
     return "\n".join([*lines, "", *_lines(rest)])
+
+
+def _compared(result: Mapping[str, Any]) -> str:
+    """Several backbones and what they must beat, a row each, and the answer below."""
+    tasks = [task for task in ("knn", "linear") if any(task in row for row in result["table"])]
+    counts = list(dict.fromkeys(count for row in result["table"] for count in row.get("few_label", {})))
+    titles = {"knn": "k-NN", "linear": "linear"} | {n: f"{n} label{'s' * (n != '1')} a class" for n in counts}
+    rows = []
+    for row in result["table"]:
+        few = row.get("few_label", {})
+        cells = [_within(row[task], row["intervals"][task]) if task in row else "" for task in tasks]
+        rows.append([row["name"], row["kind"], *cells, *(_score(few.get(count)) for count in counts)])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, title in enumerate(["percent right (95 %)", "", *(titles[name] for name in (*tasks, *counts))]):
+        table.add_column(title, justify="right" if number > 1 else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(table, highlight=False, markup=False)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    rest = {name: value for name, value in result.items() if name not in ("table", "answer", "answered", "backbones")}
+    return "\n".join([*lines, "", result["answer"], "", *_lines(rest)])
+
+
+def _within(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def _named_in_words(found: Mapping[str, Any]) -> str:
@@ -552,7 +624,7 @@ _RIVALS = {
     "how often words occur": "words",
     "the commonest word": "unigram",
 }
-_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled")
+_SHOWN_ABOVE = ("knn", "linear", "masked", "few_label", "baselines", "differences", "pooled", "label_curve")
 
 
 def _score(found: Any) -> str:

@@ -251,7 +251,7 @@ BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published nam
 class RunArguments(Settings):
     """What every run can be told, whichever recipe it follows."""
 
-    data: WordList = Field(min_length=1, description="folders, list files or tar shards; several are mixed")
+    data: WordList = Field(min_length=1, description="folders, list files, tar shards or Parquet; several are mixed")
     out: str = Field(description="run directory; the same command on it goes on where it stopped")
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
@@ -324,9 +324,9 @@ _SIZE = "side in pixels; the family's own if not given"
 
 
 class EvaluateArguments(Settings):
-    """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
+    """Measure a backbone, or several beside each other, on labelled pictures, beside raw pixels and untrained."""
 
-    backbone: Word = Field(description=BACKBONE)
+    backbone: WordList = Field(min_length=1, description=f"{BACKBONE}; several stand in one table")
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20; for "
         "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt; for "
@@ -344,6 +344,9 @@ class EvaluateArguments(Settings):
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
+    scratch: float | None = Field(
+        None, gt=0, description="minutes in which the first backbone's network learns from these labels alone"
+    )
     out: str | None = Field(None, description="JSON file to write the result to")
 
 
@@ -436,11 +439,20 @@ class PredictArguments(Settings):
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
 
 
+class DiagnoseArguments(Settings):
+    """Say why a classifier of saccade finetune disappoints: labels, leaks, a shifted test set, backbone or head."""
+
+    run: Word = Field(description="run directory of saccade finetune, task classification")
+    data: str | None = Field(None, description="where the pictures are now, if not where the run found them")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
     backbone: Word = Field(description=BACKBONE)
-    data: WordList = Field(min_length=1, description="folders, list files or tar shards")
+    data: WordList = Field(min_length=1, description="folders, list files, tar shards or Parquet")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
         None,
@@ -468,6 +480,25 @@ class SearchArguments(Settings):
         if sum(query is not None for query in (self.image, self.text, self.key)) != 1:
             raise ValueError("give exactly one of --image, --text and --key")
         return self
+
+
+class LabelNextArguments(Settings):
+    """Propose the pictures to label next: those that stand for most others, then those a head is in doubt of."""
+
+    backbone: Word = Field(description=BACKBONE)
+    data: Word = Field(description="folder, list file or tar shards")
+    n: int = Field(50, ge=1, description="how many pictures")
+    labels: str | None = Field(
+        None, description="what is labelled already: a list (key, label), or a folder with a folder for each class"
+    )
+    out: str | None = Field(None, description="list to fill in, .csv or .jsonl; a page with the pictures beside it")
+    index: str | None = Field(None, description="directory that keeps the vectors for the next round")
+    group_by: str | None = Field(None, description="pattern over keys, or a column: groups to spread over")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    patch: int | None = Field(None, ge=1, description="side of a patch in pixels; the backbone's own if not given")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    seed: int = Field(0, ge=0, description="of the choice of pictures that are looked at, where there are very many")
 
 
 class ModelsArguments(Settings):

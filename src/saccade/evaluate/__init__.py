@@ -23,7 +23,7 @@ from saccade.data import Source
 from saccade.embed import device, encoder_of, there
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, nearest
-from saccade.evaluate import few_label, knn, linear, retrieval, segmentation, texts, zero_shot
+from saccade.evaluate import few_label, knn, label_curve, linear, retrieval, segmentation, texts, zero_shot
 from saccade.evaluate.baselines import difference, group_majority, majority
 from saccade.evaluate.features import Extracted, extract
 from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
@@ -39,7 +39,7 @@ ON_PAIRS = ("retrieval",)
 
 
 def evaluate(
-    backbone: str | Path | Encoder,
+    backbone: str | Path | Encoder | Sequence[str | Path | Encoder],
     labelled: str | Path | Source,
     *,
     tasks: Sequence[str] = TASKS,
@@ -52,6 +52,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
     baselines: bool = True,
+    scratch: float | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of a backbone on labelled pictures, in percent; the keys are those of `saccade evaluate --json`.
@@ -60,13 +61,19 @@ def evaluate(
     captions; each stands alone. `zero-shot` asks for the classes by name; `templates` are its prompts, or a file.
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
-    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
+    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Several backbones, or
+    `scratch` (minutes to learn from the labels alone, from fresh weights), stand in one `table`, with an `answer` to
+    whether pretraining was worth it. Raises `SaccadeError`.
     """
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
+    if scratch is not None or not isinstance(backbone, str | Path | Encoder):
+        what = {"tasks": tasks, "labels": labels, "group_by": group_by, "seed": seed, "scratch": scratch}
+        how = {"image_size": image_size, "channels": channels, "patch": patch, "workers": workers}
+        asked = what | how | {"baselines": baselines}
+        return _compared([backbone] if isinstance(backbone, str | Path | Encoder) else backbone, labelled, asked, out)
     if (folder := texts.alone(backbone)) is not None:
-        wanted = texts.PROBES if tasks == TASKS else tasks
-        found = texts.evaluate(folder, labelled, wanted, seed)
+        found = texts.evaluate(folder, labelled, texts.PROBES if tasks == TASKS else tasks, seed)
         return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
     _check_tasks(tasks, labels)
     if templates is not None and "zero-shot" not in tasks:
@@ -93,6 +100,25 @@ def evaluate(
     return _written(result, out)
 
 
+def _compared(
+    backbones: Sequence[str | Path | Encoder],
+    labelled: str | Path | Source,
+    asked: dict[str, Any],
+    out: str | Path | None,
+) -> dict[str, Any]:
+    """Several in one table, and beside `out` a page of it."""
+    from saccade import compare as page  # it stands beside finetune, which reads pages of this one
+
+    _check_tasks(asked["tasks"], asked["labels"])
+    beside = None if out is None else Path(out).with_suffix(".html")
+    if beside is not None and beside.exists():
+        raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
+    found = page.compare(backbones, labelled, **asked)
+    if beside is not None:
+        found["report"] = str(page.write(beside, found))
+    return _written(found, out)
+
+
 def _probed(
     encoder: Encoder,
     labelled: str | Path | Source,
@@ -114,6 +140,8 @@ def _probed(
     if baselines:
         beside["baselines"] = {**_report_baselines(scores), **_blind(exam)}
         beside["differences"] = _differences(scores, exam)
+    if "few-label" in tasks:
+        beside["label_curve"] = _label_curve(extracted.features[f"pretrained/{_chosen(scores)}"], exam, seed)
     return {
         **_report(scores, exam, tasks),
         **beside,
@@ -125,6 +153,15 @@ def _probed(
         "seed": seed,
         "images_per_second": round((len(extracted.train) + len(extracted.test)) / max(read, 1e-9), 1),
     }
+
+
+def _label_curve(vectors: Tensor, exam: _Exam, seed: int) -> dict[str, Any]:
+    """The score over labels a class of the chosen features, and what more labels would bring."""
+    train, test = (part.to(device()) for part in vectors.split([len(exam.train), len(exam.test)]))
+    labels = torch.from_numpy(exam.train).to(train.device)
+    top = label_curve.largest(exam.train)
+    measured = label_curve.measure(train, labels, test, exam.test, exam.keys, top, seed)
+    return label_curve.curve(measured, 100 / len(exam.classes))
 
 
 def _warnings(data: Labelled, exam: _Exam, compared: Encoder | None) -> list[str]:
@@ -169,6 +206,7 @@ class _Exam:
     classes: list[str]
     train: np.ndarray  # labels
     test: np.ndarray
+    keys: list[str]  # of train
     apart: np.ndarray  # of train: where penalties and poolings are chosen
     train_names: list[str]  # group of each sample, or its key
     test_names: list[str]
@@ -189,7 +227,7 @@ def _exam(data: Labelled, extracted: Extracted, counts: Sequence[int], seed: int
     keys = [data.keys[row] for row in extracted.train.tolist()]
     plan = few_label.plan(train, keys, data.classes, len(test), seed, counts)
     return _Exam(
-        data.classes, train, test, apart, names, data.names(extracted.test), data.groups is not None, plan, split
+        data.classes, train, test, keys, apart, names, data.names(extracted.test), data.groups is not None, plan, split
     )  # fmt: skip
 
 

@@ -236,7 +236,7 @@ def _batches(
         except Unreadable as error:
             failures.append((part.keys[row], error.reason))
             continue
-        image = encoder.preprocess.sized(picture, _sides(encoder, picture))
+        image = encoder.preprocess.sized(picture, sides(encoder, picture))
         if rows and (len(rows) == _BATCH or image.shape != images[0].shape or image.dtype != images[0].dtype):
             yield rows, torch.stack(images), masks
             rows, images, masks = [], [], []
@@ -247,7 +247,7 @@ def _batches(
         yield rows, torch.stack(images), masks
 
 
-def _sides(encoder: Encoder, picture: Shaped[Tensor, "c h w"]) -> list[int]:
+def sides(encoder: Encoder, picture: Shaped[Tensor, "c h w"]) -> list[int]:
     """Height and width in whole patches, near the picture's aspect; square where nothing else can be read."""
     short, stride = encoder.preprocess.crop, encoder.backbone.stride
     if not known(encoder.backbone):  # a graph of others may hold its size

@@ -238,6 +238,47 @@ def interval(title: str, low: float, middle: float, high: float, *, unit: str = 
     return Chart(title, unit, number(middle), f"{svg}{''.join(parts)}</svg>", said)
 
 
+def forecast(
+    title: str,
+    measured: Sequence[tuple[int, float]],
+    ahead: Sequence[tuple[int, float, float, float]],
+    *,
+    unit: str = "",
+) -> Chart:
+    """Values at counts on a scale of doublings, and ahead of them a low, a mean and a high value each, dashed."""
+    counts = [count for count, _ in measured] + [count for count, *_ in ahead]
+    values = [value for _, value in measured] + [value for _, *three in ahead for value in three]
+    x = _Axis([float(counts[0]), float(max(counts[-1], 2 * counts[0]))], _LEFT, WIDTH - _RIGHT - 8, log=True)
+    y = _Axis(ticks(min(values), max(values)), HEIGHT - _BOTTOM, _TOP)
+    parts = []
+    for mark, text in zip(y.marks, _written(y.marks, percent=False), strict=True):
+        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y(mark) + 4:.1f}" text-anchor="end">{text}</text>')
+    written = -math.inf
+    for count in counts:
+        if x(count) - written > 26:
+            written = x(count)
+            parts.append(f'<text x="{written:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{count:,}</text>')
+    points = [(float(count), value) for count, value in measured]
+    if len(points) > 1:
+        parts.append(f'<path class="curve c0" d="{_path(points, x, y)}"/>')
+    for count, low, _, high in ahead:
+        parts.append(f'<path class="curve c0" d="{_path([(count, low), (count, high)], x, y)}"/>')
+    dots = [*points, *((float(count), middle) for count, _, middle, _ in ahead)]
+    for (count, value), more in zip(
+        dots, ["" for _ in points] + [f", {a} to {b}" for _, a, _, b in ahead], strict=True
+    ):
+        parts.append(f'<circle class="dot c0" cx="{x(count):.1f}" cy="{y(value):.1f}" r="3">'
+                     f"<title>{count:,.0f}: {number(value)}{more}</title></circle>")  # fmt: skip
+    if ahead:
+        line = _path([points[-1], *((float(count), middle) for count, _, middle, _ in ahead)], x, y)
+        parts.append(f'<path class="level" fill="none" d="{line}"/>')
+    said = f"{number(points[0][1])} at {counts[0]:,} to {number(points[-1][1])} at {measured[-1][0]:,}"
+    told = "".join(f"; ahead {number(m)} at {n:,}, from {number(a)} to {number(b)}" for n, a, m, b in ahead)
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title} {said}{told}")}">'
+    return Chart(title, unit, number(points[-1][1]), f"{svg}{''.join(parts)}</svg>")
+
+
 def _said(points: list[tuple[float, float]], percent: bool) -> str:
     """A curve in words, for those who do not see it."""
     values = [value * (100 if percent else 1) for _, value in points]

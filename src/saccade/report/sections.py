@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade import recipe
 from saccade.data import Source
 from saccade.encoder import Encoder
-from saccade.report.charts import Chart, Line, chart, number
+from saccade.report.charts import Chart, Line, chart, forecast, number
 from saccade.report.page import Cards, Charts, Facts, Prose, Section, Table, Verdict
 from saccade.report.pictures import (
     EXAMPLES,
@@ -66,7 +66,7 @@ class Measure(NamedTuple):
 _LOSS = Measure("loss", "Loss", "", floor=None)
 _WAYS = (
     Measure("gradient_norm", "Gradient norm", "before clipping", floor=None),
-    Measure("images_per_second", "Speed", "images a second"),
+    Measure("images_per_second", "Speed", "samples a second"),
     Measure("data_wait", "Waiting for data", "part of the time", percent=True),
 )
 _HEALTH = (
@@ -357,6 +357,8 @@ def evaluation(scores: Mapping[str, Any]) -> Section:
         cells = [_gain(gains.get(task)) for task in tasks] + [_gain(few.get(count)) for count in counts]
         rows.append(["gained over the best baseline", *cells])
     blocks: list[Any] = [Table("Right, in percent of the test pictures", columns, rows, numbers=True)]
+    if scores.get("label_curve"):
+        blocks += _more_labels(scores["label_curve"])
     if scores.get("warnings"):
         blocks.append(Prose(list(scores["warnings"])))
     split = scores["split"]
@@ -366,6 +368,16 @@ def evaluation(scores: Mapping[str, Any]) -> Section:
         "errors of the paired difference."
     )
     return Section("Evaluation", lede, blocks)
+
+
+def _more_labels(found: Mapping[str, Any]) -> list[Any]:
+    """The curve over labels and its forecast, as a sentence and a chart."""
+    sentence = str(found["says"])
+    sure = f" The intervals should hold what comes in {100 * found['sure']:.0f} of 100 cases." if found["at"] else ""
+    measured = [(int(count), one["mean"]) for count, one in found["fitted"].items()]
+    ahead = [(int(count), one["low"], one["mean"], one["high"]) for count, one in found["at"].items()]
+    drawn = forecast("How many labels?", measured, ahead, unit="percent right, by labels a class")
+    return [Prose([f"{sentence[:1].upper()}{sentence[1:]}.{sure}"]), Charts([drawn])]
 
 
 def _percent(value: Any) -> str:
