@@ -80,7 +80,9 @@ def test_scores_by_hand() -> None:
     numbers = torch.tensor([[2.0, 2.0], [9.0, 3.0]])
     found = dense._scores(np.stack([dense._sums(numbers, target)]))
     variance = np.var([1.0, 2.0, 5.0])
-    assert found["rmse"] == pytest.approx((5 / 3) ** 0.5, rel=1e-4) and found["mae"] == pytest.approx(1.0)
+    assert found["rmse"] == pytest.approx((5 / 3) ** 0.5, rel=1e-4) and found["mean_absolute_error"] == pytest.approx(
+        1.0
+    )
     assert found["abs_rel"] == pytest.approx((1 + 0 + 2 / 5) / 3, rel=1e-4)
     assert found["r2"] == pytest.approx(100 * (1 - 5 / 3 / variance), rel=1e-3)
 

@@ -244,7 +244,7 @@ def _scores(sums: np.ndarray) -> dict[str, Any]:
     whole = sums.sum(axis=0)
     return {
         "r2": _rounded(float(_r2(whole))), "rmse": _rounded(float(_rmse(whole))),
-        "mae": _rounded(float(whole[1] / max(whole[0], 1))),
+        "mean_absolute_error": _rounded(float(whole[1] / max(whole[0], 1))),
         "abs_rel": _rounded(float(whole[3] / whole[4])) if whole[4] else None,
     }  # fmt: skip
 
