@@ -57,6 +57,8 @@ def test_a_head_is_learned_examined_saved_and_used(data: Path, encoder: Encoder,
     assert numbers.shape == (16, 24) and 8 < numbers.mean() < 50  # in the unit of the files
     assert line["mean"] == pytest.approx(numbers.mean(), abs=1e-3)
     assert (run.path / line["overlay"]).is_file()
+    report = (run.path / "report.html").read_text()
+    assert "could not be shown" not in report and "RMSE" in report
     (data / "test" / "targets" / "3.png").unlink()
     again = predict(run, data, out=tmp_path / "said")
     assert again["pictures"] == 4  # one has no numbers, and an answer
