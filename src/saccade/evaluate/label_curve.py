@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saccade.evaluate import few_label
+from saccade.evaluate.few_label import predict
 from saccade.evaluate.splits import few
 
 SURE = 0.9
@@ -76,7 +76,7 @@ def measure(
     for count in counts(largest):
         times = _DRAWS if count * classes <= 500 else 3
         drawn = [rows[few(known, named, count, seed, draw)] for draw in range(times if count < largest else 1)]
-        right = [few_label.predict(train, labels, test, classes, some).cpu().numpy() == answers for some in drawn]
+        right = [predict(train, labels, test, classes, some).cpu().numpy() == answers for some in drawn]
         found.append((count, np.array([100 * float(draw.mean()) for draw in right])))
     return points(found)
 
