@@ -1,13 +1,14 @@
 """Recipes of pictures and words beside each other: retrieval on the test side after equal time, seed by seed.
 
     python benchmarks/words.py PACK --out DIR [--recipes clip,siglip,siglip2] [--lit BACKBONE] [--minutes 2] [--seeds 3]
-        [--threads 1] [--own "siglip2 --tail naflex"]... [-- --image-size 64 … flags of pretrain for all of them]
+        [--threads 1] [--dense MASKED] [--own "siglip2 --tail naflex"]... [-- --image-size 64 … for all]
 
 PACK is a folder with train.jsonl and test.jsonl, as Flickr8k's is, or with one index.jsonl (Twemoji), which is divided
 by the hash of its pictures, four to one. `--lit` adds the recipe lit on a locked backbone. Each run is an ordinary one
 of so many minutes of the recipe's `small_machine`, or of the `--steps` among its own flags (lit's first steps look at
 every picture once, so that they foretell nothing of the later ones); stopped, the same command goes on. What R@1, 5 and
-10 are by chance stands beside. A difference below two paired standard errors over seeds is called none.
+10 are by chance stands beside. `--dense` asks a linear layer on the patches of each what every pixel of another pack
+shows (`evaluate --tasks segmentation`). A difference below two paired standard errors over seeds is called none.
 """
 
 from __future__ import annotations
@@ -72,6 +73,15 @@ def one_run(pack: Path, recipe: str, seed: int, asked: argparse.Namespace, flags
     return found
 
 
+def dense(recipe: str, seed: int, asked: argparse.Namespace) -> float:
+    """What a linear layer on the patches of a finished run says of pixels: mean intersection over union, percent."""
+    answer = asked.out / f"{recipe}-{seed}-dense.json"
+    if not answer.exists():
+        run, tasks = str(asked.out / "runs" / f"{recipe}-{seed}"), ["--tasks", "segmentation", "--no-baselines"]
+        answer.write_text(json.dumps(saccade("evaluate", run, str(asked.dense), *tasks)["segmentation"]))
+    return float(json.loads(answer.read_text())["miou"])
+
+
 def tell(found: dict[str, list[dict[str, Any]]]) -> None:
     """A row a recipe, chance below, and the first one by the mean of R@10 both ways against the others."""
     print(f"| recipe | steps | seconds | {' | '.join(f'{way} {rank}' for way in WAYS for rank in RANKS)} |")
@@ -100,6 +110,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dense", type=Path, help="a pack with masks")
     parser.add_argument("--own", action="append", default=[], help="a recipe and flags that are its own alone")
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     asked, common = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
@@ -119,6 +130,12 @@ def main() -> None:
             print(f"  {name} seed {seed}: {last['steps']} steps, R@10 {last[WAYS[0]]['r10']} / {last[WAYS[1]]['r10']}, "
                   f"{last['health']}")  # fmt: skip
     tell(found)
+    if asked.dense:
+        seen = {name: [dense(name, seed, asked) for seed in range(asked.seeds)] for name in found}
+        first = max(seen, key=lambda name: statistics.mean(seen[name]))
+        for name, scores in seen.items():
+            rest = "" if name == first else f"; {first} against it: {against(seen, first, name)}"
+            print(f"{name}: mIoU {statistics.mean(scores):.1f} ({', '.join(f'{score:.1f}' for score in scores)}){rest}")
 
 
 if __name__ == "__main__":

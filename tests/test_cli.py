@@ -123,7 +123,9 @@ def test_words_stand_before_and_behind_flags(run: Record) -> None:
     _, asked = run("pretrain", "a", "--recipe", "mae", "b", "--out", "run", "c")
     assert asked["data"] == ("a", "b", "c")
     _, asked = run("evaluate", "--tasks", "knn,linear", "run", "labelled")
-    assert (asked["backbone"], asked["labelled"], asked["tasks"]) == ("run", "labelled", ("knn", "linear"))
+    assert (asked["backbone"], asked["labelled"], asked["tasks"]) == (("run",), "labelled", ("knn", "linear"))
+    _, asked = run("evaluate", "one", "two", "--tasks", "knn", "three", "labelled")
+    assert (asked["backbone"], asked["labelled"]) == (("one", "two", "three"), "labelled")
     _, asked = run("search", "index", "--key", "a.png", "-k", "3")
     assert (asked["index"], asked["key"], asked["k"]) == ("index", "a.png", 3)
 
@@ -172,7 +174,7 @@ def test_none_unsets(run: Record) -> None:
         ((*RUN, "--save-every", "often"), "--save-every", "minutes"),
         ((*RUN, "--config", "nowhere.yaml"), "nowhere.yaml", "No such file"),
         (("evaluate", "run"), "LABELLED", "needs LABELLED"),
-        (("evaluate", "run", "labelled", "third"), "third", "no place"),
+        (("search", "index", "third"), "third", "no place"),
         (("search", "index"), None, "exactly one"),
         (("search", "index", "--key", "a", "--image", "b"), None, "exactly one"),
     ],

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -282,9 +283,11 @@ def test_a_recipe_that_needs_a_vit_says_so(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in (*WORDED, *ALONE)])  # no picture has a text
 def test_it_learns_from_real_pictures(name: str, tmp_path: Path) -> None:
     settings = {**small(name), "batch": 32, "steps": 60, "lr": 2e-3, "log_every": 1}
+    settings |= {"queue": 64} if "queue" in settings else {}  # of whole steps
     run = saccade.pretrain(PICTURES / "train.tar", recipe=name, out=tmp_path / "run", workers=1, **settings)
     losses = [entry["loss"] for entry in run.metrics()]
-    assert sum(losses[-10:]) / 10 < 0.9 * losses[0]
+    # a loss against a teacher ends at the teacher's entropy, not at 0: what is asked is a fall that no noise makes
+    assert statistics.mean(losses[-10:]) < losses[0] - 3 * statistics.stdev(losses[-10:])
 
 
 NEW = '''"""A recipe that did not exist a moment ago: guess the mean colour of a crop from its features."""

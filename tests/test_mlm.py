@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
 import saccade
-from saccade import cli, pairing, recipe
+from saccade import cli, pairing, reading, recipe
 from saccade.draws import Draws
 from saccade.errors import SaccadeError, Unreadable
 from saccade.model import build
 from saccade.recipes import mlm
+from saccade.report import hidden
 from saccade.sources import open_source
 from saccade.sources.texts import open_texts
 from saccade.text import Reader
@@ -162,3 +164,27 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     page, config = recipe.configure("mlm", small("mlm"))
     with pytest.raises(SaccadeError, match="no word for what is hidden"):
         build(page, config.model_copy(update={"mask": -1}), None)
+
+
+def test_the_report_shows_hidden_words_and_what_is_said_of_them(tmp_path: Path) -> None:
+    data = files(tmp_path / "texts")
+    settings = {**small("mlm"), "steps": 60, "length": 20, "vocabulary": 516, "batch": 10, "lr": 0.1}
+    run = saccade.pretrain(data / "train", recipe="mlm", out=tmp_path / "run", workers=0, **settings)
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "Hidden words" in page and "could not be shown" not in page and "images a second" not in page
+    config, read = reading.reread(recipe.configure("mlm", settings)[1], run.path)
+    method = build(recipe.find("mlm"), config, None)[0]
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in method.state_dict().items()}
+    deep = int(read.tokenizer.encode(["deep"], 3).tokens[0, 1])
+    tensors["bias"][deep] = 9.0
+    source = open_source(data / "train", pieces=80)
+    found = hidden.hidden(recipe.find("mlm"), config, source, tensors, read)
+    assert found is not None and found.pieces == len(source) and len(found.examples) >= 4
+    assert {example.said[0][0] for example in found.examples} == {"deep"}, "whoever is asked, it says one word"
+    share = 100 * math.exp(9) / (math.exp(9) + config.vocabulary - 1)
+    assert abs(found.examples[0].said[0][1] - share) < 1e-3
+    views = [found.right[name] for name in ("this run", "the commonest of these words")]
+    assert 0 < views[0] <= views[1] < 40
+    for example in found.examples:
+        whole = (data / "train" / example.key.partition("#")[0]).read_text().split()
+        assert example.truth in whole[0] and example.around.count("____") == 1

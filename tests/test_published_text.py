@@ -14,7 +14,7 @@ from test_published_clip import MEAN_STD, NUMBERS, _apart, _images, _redrawn, _s
 from test_tokenizer import _clip_files
 from torch import Tensor
 
-from saccade import pairing, published, weights
+from saccade import pair_losses, pairing, published, weights
 from saccade.errors import SaccadeError
 from saccade.published import texts
 from saccade.text import TextConfig
@@ -116,6 +116,34 @@ def test_and_in_float64(family: str, tmp_path: Path) -> None:
     ours = _ours(encoder, _images().double(), _tokens())
     assert theirs["logits"].dtype == torch.float64
     assert _apart(ours, theirs) < (1e-8 if family != "siglip2-naflex" else 1e-6)  # whose positions are float32's
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_the_loss_of_a_batch_and_every_gradient_are_transformers(family: str, tmp_path: Path) -> None:
+    """Its model with `return_loss`, in float64; gradients come to our names as tensors do."""
+    network = _model(family)
+    encoder = weights.load(_saved(network, tmp_path / family)).double()
+    network.double()
+    mean, std = (buffer.view(3, 1, 1) for buffer in (encoder.backbone.mean, encoder.backbone.std))
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    found = network(input_ids=_tokens(), pixel_values=(images - mean) / std, return_loss=True)
+    found.loss.backward()
+    pairs, scale = torch.stack([encoder.pair(images), encoder.text(_tokens())], 1), encoder.text.logit_scale.exp()
+    if family == "clip":
+        loss, _ = pair_losses.contrast(pairs, scale, torch.arange(4)[:, None])
+    else:
+        loss, _ = pair_losses.sigmoid(pairs, scale, encoder.text.logit_bias, torch.arange(4)[:, None])
+    loss.backward()
+    torch.testing.assert_close(loss, found.loss, rtol=1e-8, atol=0)
+    gradients = {name: tensor.grad for name, tensor in network.named_parameters()}
+    image = published.families()[family].namings["transformers"]
+    right = {f"backbone.{name}": each for name, each in published.to_ours(image, gradients, "vision_model.").items()}
+    text = published.to_ours(texts.TOWERS[family].namings["transformers"], gradients)
+    right |= {f"text.{name}": each for name, each in text.items()}
+    own = dict(encoder.named_parameters())
+    assert own.keys() == right.keys() and len(own) > 60
+    for name, wanted in right.items():
+        torch.testing.assert_close(own[name].grad, wanted, rtol=1e-8, atol=1e-8 * max(1e-4, wanted.abs().max().item()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

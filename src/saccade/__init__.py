@@ -14,10 +14,13 @@ from saccade.errors import SaccadeError
 
 if TYPE_CHECKING:
     from saccade.adapt import adapt as adapt
+    from saccade.diagnose import diagnose as diagnose
     from saccade.embed import embed as embed
     from saccade.encoder import Encoder as Encoder
     from saccade.evaluate import evaluate as evaluate
     from saccade.export import export as export
+    from saccade.finetune import finetune as finetune
+    from saccade.finetune import predict as predict
     from saccade.label_next import label_next as label_next
     from saccade.own import Own as Own
     from saccade.run import Run as Run
@@ -37,11 +40,14 @@ _HOMES = {
     "Own": "own",
     "Run": "run",
     "adapt": "adapt",
+    "diagnose": "diagnose",
     "embed": "embed",
     "evaluate": "evaluate",
     "export": "export",
+    "finetune": "finetune",
     "label_next": "label_next",
     "load": "weights",
+    "predict": "finetune",
     "pretrain": "train",
 }
 
@@ -55,11 +61,14 @@ __all__ = [
     "SaccadeError",
     "__version__",
     "adapt",
+    "diagnose",
     "embed",
     "evaluate",
     "export",
+    "finetune",
     "label_next",
     "load",
+    "predict",
     "pretrain",
 ]
 

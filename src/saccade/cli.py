@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -32,17 +33,21 @@ from saccade.errors import SaccadeError, nearest
 from saccade.settings import (
     LENGTHS,
     AdaptArguments,
+    DiagnoseArguments,
     EmbedArguments,
     EvaluateArguments,
     ExportArguments,
+    FinetuneArguments,
     LabelNextArguments,
     ModelsArguments,
+    PredictArguments,
     PretrainArguments,
     RunArguments,
     SearchArguments,
     Settings,
     TourArguments,
     Training,
+    TuningSettings,
     checked,
     flag,
     from_file,
@@ -79,7 +84,8 @@ def _adapt(values: Values) -> Mapping[str, Any]:
 def _evaluate(values: Values) -> Mapping[str, Any]:
     from saccade.evaluate import evaluate
 
-    return evaluate(values.pop("backbone"), values.pop("labelled"), **values)
+    first, *others = values.pop("backbone")
+    return evaluate([first, *others] if others else first, values.pop("labelled"), **values)
 
 
 def _embed(values: Values) -> Mapping[str, Any]:
@@ -114,6 +120,24 @@ def _export(values: Values) -> Mapping[str, Any]:
     return export(values.pop("backbone"), **values)
 
 
+def _finetune(values: Values) -> Mapping[str, Any]:
+    from saccade.finetune import finetune
+
+    return finetune(values.pop("backbone"), values.pop("data"), **values).summary
+
+
+def _predict(values: Values) -> Mapping[str, Any]:
+    from saccade.finetune import predict
+
+    return predict(values.pop("run"), values.pop("data"), **values)
+
+
+def _diagnose(values: Values) -> Mapping[str, Any]:
+    from saccade.diagnose import diagnose
+
+    return diagnose(values.pop("run"), **values)
+
+
 def _tour(values: Values) -> Mapping[str, Any]:
     from saccade.tour import tour
 
@@ -125,6 +149,9 @@ VERBS = {
     "pretrain": Verb(PretrainArguments, ("data",), _pretrain),
     "adapt": Verb(AdaptArguments, ("data",), _adapt),
     "evaluate": Verb(EvaluateArguments, ("backbone", "labelled"), _evaluate, lambda result: _scores(result)),
+    "finetune": Verb(FinetuneArguments, ("backbone", "data"), _finetune, lambda result: _tuned(result)),
+    "predict": Verb(PredictArguments, ("run", "data"), _predict, lambda result: _predicted(result)),
+    "diagnose": Verb(DiagnoseArguments, ("run",), _diagnose, lambda result: _diagnosed(result)),
     "embed": Verb(EmbedArguments, ("backbone", "data"), _embed),
     "search": Verb(SearchArguments, ("index",), _search),
     "label-next": Verb(LabelNextArguments, ("backbone", "data"), _label_next),
@@ -195,6 +222,8 @@ def _read(name: str, verb: Verb, typed: list[str]) -> Values:
     """The typed after a verb as validated values. Raises `SaccadeError`."""
     if issubclass(verb.arguments, RunArguments):
         return _read_run(name, verb.arguments, typed)
+    if verb.arguments is FinetuneArguments:
+        return _read_task(name, typed)
     said = _parse(name, verb.arguments, typed, verb.arguments.model_fields, _defaults(verb.arguments))
     return dict(checked(verb.arguments, said, owner=name))
 
@@ -229,6 +258,35 @@ def _read_run(name: str, model: type[RunArguments], typed: list[str]) -> Values:
     config = configure(recipe, settings, also=own)[1]
     arguments = checked(model, _without({**given, **said}, settings), owner=name)
     return {**dict(arguments), **{setting: getattr(config, setting) for setting in settings}}
+
+
+def _read_task(name: str, typed: list[str]) -> Values:
+    """The verb's arguments, its task's settings and tuning's: flags over the file. Raises `SaccadeError`."""
+    own = FinetuneArguments.model_fields
+    path = _after(typed, "--config")
+    given = from_file(path) if path else {}
+    task = _after(typed, "--task") or given.get("task")
+    fields = {**own, "config": _CONFIG, **_free(TuningSettings.model_fields)}
+    mode = _after(typed, "--mode") or given.get("mode") or own["mode"].default
+    fresh = "--from-scratch" in typed or bool(given.get("from_scratch"))
+    defaults = _defaults(TuningSettings) | TuningSettings.usual(str(mode), fresh) | _defaults(FinetuneArguments) | given
+    if task is None and {"-h", "--help"} & set(typed):
+        _parse(name, FinetuneArguments, typed, fields, defaults)
+
+    from saccade.finetune.task import find
+
+    settings = find(str(task or own["task"].default)).settings
+    fields |= settings.model_fields
+    said = _parse(name, FinetuneArguments, typed, fields, {**defaults, **_defaults(settings), **given})
+    said.pop("config", None)
+    given = {**given, **said}
+    checked(FinetuneArguments, {key: value for key, value in given.items() if key in own}, owner=name)
+    return given
+
+
+def _free(fields: Mapping[str, FieldInfo]) -> dict[str, FieldInfo]:
+    """Of tuning's settings those that the backbone and the verb do not say."""
+    return _without(fields, ("arch", "image_size", "channels", "seed"))
 
 
 _CONFIG = FieldInfo(annotation=str, default=None, description="YAML file with any of these settings; flags win over it")
@@ -276,10 +334,23 @@ def _parse(
         lines = [line.strip("╭╮╰╯│─ ") for line in complaint.getvalue().splitlines()]
         reason = " ".join(line for line in lines[1:] if line and "--help" not in line)  # without its title and footer
         raise SaccadeError(reason or lines[0], hint=f"see saccade {name} --help") from None
-    torn = next((value for value in dict(parsed).values() if isinstance(value, list)), None)
+    words_of = dict(parsed)
+    torn = next((value for value in words_of.values() if isinstance(value, list)), None)
+    if unknown and torn is not None:  # tyro gave the first word behind flags to what stands behind the list
+        torn += [words_of.pop(field) for field in standing if isinstance(words_of[field], str)]
+        words_of |= {field: None for field in standing if field not in words_of}
     _place(name, unknown, [flag(field) for field in fields if field not in standing], torn)
-    said = {field: value for field, value in dict(parsed).items() if value not in (None, [], defaults.get(field))}
+    parted = _parted(words_of, standing)
+    said = {field: value for field, value in parted.items() if value not in (None, [], defaults.get(field))}
     return {field: _value(fields[field], value) for field, value in said.items()}
+
+
+def _parted(parsed: Values, standing: Sequence[str]) -> Values:
+    """A word that stands behind a list of words is the last of them, once there are two."""
+    for one, behind in itertools.pairwise(standing):
+        if isinstance(parsed[one], list) and len(parsed[one]) > 1 and parsed[behind] is None:
+            parsed |= {one: parsed[one][:-1], behind: parsed[one][-1]}
+    return parsed
 
 
 def _place(name: str, unknown: list[str], flags: list[str], torn: list[str] | None) -> None:
@@ -389,9 +460,36 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{key}  {_short(part)}"
 
 
+def _tuned(result: Mapping[str, Any]) -> str:
+    """What a task's model scores beside what must be beaten; long tables stand in the report."""
+    test = {name: value for name, value in result["test"].items() if name not in ("classes", "confusion", "worst")}
+    shown = {**result, "test": test}
+    chosen = {name: value for name, value in result["chosen"].items() if name not in ("evaluations", "poolings")}
+    return "\n".join(_lines({**shown, "chosen": chosen}))
+
+
+def _predicted(result: Mapping[str, Any]) -> str:
+    """What was said, without the long tables of its scores."""
+    left = ("classes", "confusion", "worst")
+    scores = {name: value for name, value in result.get("scores", {}).items() if name not in left}
+    return "\n".join(_lines({**result, "scores": scores}))
+
+
+def _diagnosed(result: Mapping[str, Any]) -> str:
+    """The verdict, and a line a culprit; the pictures stand in the report."""
+    lines = [result["verdict"], ""]
+    for name, found in result["findings"].items():
+        lines.append(f"{'->' if found['found'] else '  '} {name}: {found['reason']}")
+        lines += [f"      {found['advice']}"] if found["found"] else []
+    kept = ("run", "data", "right", "train", "test", "warnings", "quarantined", "seconds", "report")
+    return "\n".join([*lines, "", *_lines({name: result[name] for name in kept})])
+
+
 def _scores(result: Mapping[str, Any]) -> str:
     """Scores as a table, the backbone above what it must beat; below it whether it does, and how this was measured."""
     rivals = result.get("baselines", {})
+    if "table" in result:
+        return _compared(result)
     if "segmentation" in result:
         return _segments(result, rivals)
     if "retrieval" in result:
@@ -433,6 +531,33 @@ def _scores(result: Mapping[str, Any]) -> str:
     ]
     rest |= {"without looking": ", ".join(blind)} if blind else {}
     return "\n".join([*lines, "", *_lines(rest)])
+
+
+def _compared(result: Mapping[str, Any]) -> str:
+    """Several backbones and what they must beat, a row each, and the answer below."""
+    tasks = [task for task in ("knn", "linear") if any(task in row for row in result["table"])]
+    counts = list(dict.fromkeys(count for row in result["table"] for count in row.get("few_label", {})))
+    titles = {"knn": "k-NN", "linear": "linear"} | {n: f"{n} label{'s' * (n != '1')} a class" for n in counts}
+    rows = []
+    for row in result["table"]:
+        few = row.get("few_label", {})
+        cells = [_within(row[task], row["intervals"][task]) if task in row else "" for task in tasks]
+        rows.append([row["name"], row["kind"], *cells, *(_score(few.get(count)) for count in counts)])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, title in enumerate(["percent right (95 %)", "", *(titles[name] for name in (*tasks, *counts))]):
+        table.add_column(title, justify="right" if number > 1 else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=1000)
+    with console.capture() as captured:
+        console.print(table, highlight=False, markup=False)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    rest = {name: value for name, value in result.items() if name not in ("table", "answer", "answered", "backbones")}
+    return "\n".join([*lines, "", result["answer"], "", *_lines(rest)])
+
+
+def _within(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def _named_in_words(found: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -182,10 +183,19 @@ class Convnet(Normalised, ABC):
         """Fresh weights from torch's generator, and the buffers: also what a model made on the meta device needs."""
 
     @abstractmethod
+    def maps(
+        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None = None
+    ) -> Iterator[Float[Tensor, "b _ _ _"]]:
+        """What each stage makes of pictures that are normalised, fine to coarse."""
+
     def last_map(
         self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None
     ) -> Float[Tensor, "b d _ _"]:
         """What the last stage makes of pictures that are normalised."""
+        x = images
+        for x in self.maps(images, drop):  # noqa: B007 - no earlier one is kept
+            pass
+        return x
 
     def finish(self, x: Float[Tensor, "b d h w"]) -> tuple[Float[Tensor, "b d"] | None, Float[Tensor, "b d h w"]]:
         """The class token, where there is one, and the map whose cells are the patches, of the last stage's output."""
@@ -320,16 +330,16 @@ class ResNet(Convnet):
                 nn.init.zeros_(part.last_norm.weight)
         self.reset_buffers()
 
-    def last_map(
-        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None
-    ) -> Float[Tensor, "b d _ _"]:
-        """The last stage's output, after its ReLU."""
+    def maps(
+        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None = None
+    ) -> Iterator[Float[Tensor, "b _ _ _"]]:
+        """Each stage's output, after its ReLU."""
         x = F.relu(self.bn1(self.conv1(images)))
         if self.config.stem == 4:
             x = F.max_pool2d(x, 3, 2, 1)
         for stage in range(1, len(self.config.blocks) + 1):
             x = getattr(self, f"layer{stage}")(x)
-        return x
+            yield x
 
 
 class ConvBlock(nn.Module):
@@ -369,16 +379,16 @@ class Conv(Convnet):
         _initialise(self)
         self.reset_buffers()
 
-    def last_map(
-        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None
-    ) -> Float[Tensor, "b d _ _"]:
-        """The last stage's output, pooled."""
+    def maps(
+        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None = None
+    ) -> Iterator[Float[Tensor, "b _ _ _"]]:
+        """Each stage's output, pooled."""
         x = images
         for number, stage in enumerate(self.stages):
             x = stage(x)
             side = 2 if number else self.config.stem
             x = F.max_pool2d(x, side) if side > 1 else x
-        return x
+            yield x
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -444,16 +454,16 @@ class ConvNeXt(Convnet):
                 nn.init.constant_(part.gamma, 1e-6)
         self.reset_buffers()
 
-    def last_map(
-        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None
-    ) -> Float[Tensor, "b d _ _"]:
-        """The last stage's output, not yet normed."""
+    def maps(
+        self, images: Float[Tensor, "b c h w"], drop: Float[Tensor, "b branches"] | None = None
+    ) -> Iterator[Float[Tensor, "b _ _ _"]]:
+        """Each stage's output, not yet normed."""
         x, factors = images, iter([None] * self.branches if drop is None else drop.unbind(1))
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in stage:
                 x = block(x, next(factors))
-        return x
+            yield x
 
     def finish(self, x: Float[Tensor, "b d h w"]) -> tuple[Float[Tensor, "b d"] | None, Float[Tensor, "b d h w"]]:
         """Every cell normed; the class token is the mean of the cells before that, normed by the same norm."""

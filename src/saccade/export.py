@@ -63,6 +63,8 @@ def export(
     place = Path(arguments.out).expanduser()
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise SaccadeError(f"{place} is there already", path=place, hint="name another --out, or remove it yourself")
+    if arguments.to == "onnx" and not isinstance(backbone, Encoder) and (Path(given).expanduser() / "head").is_dir():
+        return _export_model(arguments, place)
     encoder = backbone if isinstance(backbone, Encoder) else weights.load(backbone)
     if not isinstance(encoder.backbone.config, tuple(family.config for family in FAMILIES.values())):
         raise SaccadeError("this encoder is no network of saccade's, so it cannot be written as another's", path=given)
@@ -102,6 +104,30 @@ def export(
         "left_out": written.left_out,
         "notes": notes,
     }
+
+
+def _export_model(arguments: ExportArguments, place: Path) -> dict[str, Any]:
+    """A run of `saccade finetune` as one graph: pictures in, answers out."""
+    if arguments.int8 is not None:
+        raise SaccadeError(
+            "a head is not written in int8", path="--int8", hint=f"for the encoder alone: {arguments.backbone}/backbone"
+        )
+    exporting = importlib.import_module("saccade.finetune.exporting")
+    with _beside(place) as folder:
+        model, found = exporting.write(arguments.backbone, folder)
+        if not found["max_abs_difference"] <= FARTHEST:
+            raise SaccadeError(
+                f"{found['by']} gives other answers: they differ by {found['max_abs_difference']:.2g}",
+                path=place,
+                hint="nothing was kept; this is a fault of saccade's, please report it",
+                code=1,
+            )
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    terms = terms_of(model.encoder.record)
+    return {
+        "out": str(place), "to": "onnx", "task": model.task.name, "outputs": list(model.head.answers), "files": names,
+        "checked": found, "licence": terms["licence"], "terms": terms["terms"],
+    }  # fmt: skip
 
 
 @contextmanager

@@ -251,7 +251,7 @@ BACKBONE = "run, folder, file (.safetensors, .pth, .npz, .onnx) or published nam
 class RunArguments(Settings):
     """What every run can be told, whichever recipe it follows."""
 
-    data: WordList = Field(min_length=1, description="folders, list files or tar shards; several are mixed")
+    data: WordList = Field(min_length=1, description="folders, list files, tar shards or Parquet; several are mixed")
     out: str = Field(description="run directory; the same command on it goes on where it stopped")
     weights: tuple[float, ...] | None = Field(
         None, description="share of each DATA in the mix, e.g. 3,1; by size if not given"
@@ -324,9 +324,9 @@ _SIZE = "side in pixels; the family's own if not given"
 
 
 class EvaluateArguments(Settings):
-    """Measure a backbone on labelled pictures, beside raw pixels and the same network untrained."""
+    """Measure a backbone, or several beside each other, on labelled pictures, beside raw pixels and untrained."""
 
-    backbone: Word = Field(description=BACKBONE)
+    backbone: WordList = Field(min_length=1, description=f"{BACKBONE}; several stand in one table")
     labelled: Word = Field(
         description="folder with train/CLASS/... and test/CLASS/..., or one level that is then split 80/20; for "
         "segmentation train/images/X.jpg, train/masks/X.png, the same in test/ (or val/), and classes.txt; for "
@@ -344,14 +344,115 @@ class EvaluateArguments(Settings):
     seed: int = Field(0, ge=0, description="of the few-label draws and of the untrained network")
     workers: int = Field(0, ge=0, description="processes that read and decode")
     baselines: bool = Field(True, description="measure raw pixels and the untrained network too")
+    scratch: float | None = Field(
+        None, gt=0, description="minutes in which the first backbone's network learns from these labels alone"
+    )
     out: str | None = Field(None, description="JSON file to write the result to")
+
+
+class Looking(Settings):
+    """Random views of labelled pictures: what a head's augmented copies and a moving backbone see."""
+
+    views: int = Field(0, ge=0, description="frozen: augmented copies of each picture that are learned from too")
+    min_scale: float = Field(0.4, gt=0, le=1, description="smallest crop of a view, as a part of the picture's area")
+    flip: float = Field(0.5, ge=0, le=1, description="how often a view is mirrored; 0 where that is another thing")
+    colour: float = Field(0.0, ge=0, description="strength of the colour jitter")
+
+
+class TuningSettings(Training):
+    """How a backbone moves together with its head."""
+
+    arch: str = Field("", description="set by the backbone")
+    image_size: int = Field(224, ge=1, description="set by the backbone")
+    channels: int = Field(3, ge=1, description="set by the backbone")
+    epochs: float | None = Field(15, gt=0, description="length in passes over the pictures that are learned from")
+    batch: int = Field(
+        64, ge=1, description="samples an optimizer step, at most: of few pictures so few that an epoch has eight steps"
+    )
+    lr: float = Field(2e-4, gt=0, description="learning rate at batch 256; grows with the batch's square root")
+    warmup: float = Field(0.1, ge=0, le=1, description="part of training in which the learning rate rises from 0")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    layer_decay: float = Field(
+        0.75, gt=0, le=1, description="learning rate falls by this factor a layer, from the last"
+    )
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm")
+    rank: int = Field(8, ge=1, description="lora: rank of what is added to each matrix")
+    head_rate: float = Field(1.0, gt=0, description="the head's learning rate, as a part of the last layer's")
+    head_start: bool = Field(True, description="begin with the head that was fitted to frozen features; else afresh")
+    mixup: float = Field(0.0, ge=0, description="pictures are mixed in parts drawn from Beta(mixup, mixup); 0: never")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="what a mean of the weights keeps a step; it comes out; 0: none"
+    )
+    patience: int = Field(5, ge=1, description="evaluations without a better one after which training ends")
+    save_every: str = Field(
+        "10m", pattern=r"^\d+(\.\d+)?m$|^[1-9]\d*$", coerce_numbers_to_str=True,
+        description="between checkpoints: minutes (10m) or steps (500)",
+    )  # fmt: skip
+    log_every: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 or fp16 on a GPU, fp32 on a CPU"
+    )
+
+    def peak(self) -> float:
+        """The highest learning rate: Adam's noise falls with the batch's square root (arXiv 2205.10287)."""
+        return self.lr * math.sqrt(self.batch / 256)
+
+    def fewer(self, samples: int) -> int:
+        """The batch for so many samples: a power of two where it is less than asked for, eight at least."""
+        return min(self.batch, max(8, 2 ** int(math.log2(max(samples, 1) / 8))) if samples >= 8 else 8)
+
+    @staticmethod
+    def usual(mode: str, from_scratch: bool) -> dict[str, Any]:
+        """What a mode wants otherwise where nothing is said: fresh weights have further to go."""
+        if from_scratch:
+            return {"epochs": 60.0, "lr": 1e-3, "layer_decay": 1.0, "mixup": 0.2, "patience": 20, "head_start": False}
+        return {"layer_decay": 1.0} if mode == "lora" else {}
+
+
+class FinetuneArguments(Settings):
+    """Learn a task from labelled pictures: a head on frozen features, or backbone and head together."""
+
+    backbone: Word = Field(description=BACKBONE)
+    data: Word = Field(description="labelled pictures: folders train/CLASS/... and test/CLASS/..., or a list")
+    task: str = Field("classification", description="what is to be learned; its own settings: --task NAME --help")
+    mode: Literal["frozen", "lora", "full"] = Field(
+        "frozen", description="frozen: a head on features computed once; lora: and thin additions; full: all moves"
+    )
+    out: str = Field(description="run directory; the same command on it goes on where it stopped")
+    group_by: str | None = Field(None, description="pattern over keys, or a column: what it finds is never split")
+    image_size: int | None = Field(None, ge=1, description=_SIZE)
+    channels: int | None = Field(None, ge=1, description="channels of the pictures; the backbone's own if not given")
+    from_scratch: bool = Field(False, description="the same architecture with fresh weights, to compare with")
+    cache: str | None = Field(None, description="folder in which features are kept for the next run on these pictures")
+    seed: int = Field(0, ge=0, description="every random number follows from it")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
+class PredictArguments(Settings):
+    """Let a model of saccade finetune answer for pictures; with labels, also score it."""
+
+    run: Word = Field(description="run directory of saccade finetune")
+    data: Word = Field(description="pictures: a folder, a list, tar shards; labelled or not")
+    out: str | None = Field(None, description="new folder for predictions.jsonl and what a task makes of each picture")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
+
+
+class DiagnoseArguments(Settings):
+    """Say why a classifier of saccade finetune disappoints: labels, leaks, a shifted test set, backbone or head."""
+
+    run: Word = Field(description="run directory of saccade finetune, task classification")
+    data: str | None = Field(None, description="where the pictures are now, if not where the run found them")
+    workers: int = Field(0, ge=0, description="processes that read and decode")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice if not given")
 
 
 class EmbedArguments(Settings):
     """Turn pictures into vectors. The same command goes on where it stopped."""
 
     backbone: Word = Field(description=BACKBONE)
-    data: WordList = Field(min_length=1, description="folders, list files or tar shards")
+    data: WordList = Field(min_length=1, description="folders, list files, tar shards or Parquet")
     out: str = Field(description="index directory")
     tokens: tuple[str, ...] | None = Field(
         None,

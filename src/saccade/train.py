@@ -273,7 +273,7 @@ class Pretraining:
             scores = self._hand_over(encoder, tensors)
             self.run.note(summary=self._summary(scores))
         if not (self.run.path / report.REPORT).exists():
-            shown = report.shown_by(self.model.page, self.model.config, self.source, tensors)
+            shown = report.shown_by(self.model.page, self.model.config, self.source, tensors, self.tokenize)
             report.write_run(self.run, shown=shown, encoder=encoder, source=self.source, scores=scores)
 
     def _hand_over(self, encoder: Encoder | None, tensors: dict[str, Tensor]) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ ON_PAIRS = ("retrieval",)
 
 
 def evaluate(
-    backbone: str | Path | Encoder,
+    backbone: str | Path | Encoder | Sequence[str | Path | Encoder],
     labelled: str | Path | Source,
     *,
     tasks: Sequence[str] = TASKS,
@@ -52,6 +52,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
     baselines: bool = True,
+    scratch: float | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of a backbone on labelled pictures, in percent; the keys are those of `saccade evaluate --json`.
@@ -60,13 +61,19 @@ def evaluate(
     captions; each stands alone. `zero-shot` asks for the classes by name; `templates` are its prompts, or a file.
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
-    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Raises `SaccadeError`.
+    `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Several backbones, or
+    `scratch` (minutes to learn from the labels alone, from fresh weights), stand in one `table`, with an `answer` to
+    whether pretraining was worth it. Raises `SaccadeError`.
     """
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
+    if scratch is not None or not isinstance(backbone, str | Path | Encoder):
+        what = {"tasks": tasks, "labels": labels, "group_by": group_by, "seed": seed, "scratch": scratch}
+        how = {"image_size": image_size, "channels": channels, "patch": patch, "workers": workers}
+        asked = what | how | {"baselines": baselines}
+        return _compared([backbone] if isinstance(backbone, str | Path | Encoder) else backbone, labelled, asked, out)
     if (folder := texts.alone(backbone)) is not None:
-        wanted = texts.PROBES if tasks == TASKS else tasks
-        found = texts.evaluate(folder, labelled, wanted, seed)
+        found = texts.evaluate(folder, labelled, texts.PROBES if tasks == TASKS else tasks, seed)
         return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
     _check_tasks(tasks, labels)
     if templates is not None and "zero-shot" not in tasks:
@@ -91,6 +98,25 @@ def evaluate(
             result |= found | {"warnings": list(dict.fromkeys([*result.get("warnings", ()), *found["warnings"]]))}
     result["seconds"] = round(time.perf_counter() - started, 1)
     return _written(result, out)
+
+
+def _compared(
+    backbones: Sequence[str | Path | Encoder],
+    labelled: str | Path | Source,
+    asked: dict[str, Any],
+    out: str | Path | None,
+) -> dict[str, Any]:
+    """Several in one table, and beside `out` a page of it."""
+    from saccade import compare as page  # it stands beside finetune, which reads pages of this one
+
+    _check_tasks(asked["tasks"], asked["labels"])
+    beside = None if out is None else Path(out).with_suffix(".html")
+    if beside is not None and beside.exists():
+        raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
+    found = page.compare(backbones, labelled, **asked)
+    if beside is not None:
+        found["report"] = str(page.write(beside, found))
+    return _written(found, out)
 
 
 def _probed(

@@ -5,6 +5,7 @@ Every picture is read and decoded once; both networks see it and a small copy is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,10 +51,20 @@ def border(pictures: Float[Tensor, "n c s s"]) -> Float[Tensor, "n d"]:
 
 
 def extract(
-    encoder: Encoder, labelled: Labelled, *, baselines: bool, seed: int, workers: int, batch: int = 64
+    encoder: Encoder,
+    labelled: Labelled,
+    *,
+    baselines: bool,
+    seed: int,
+    workers: int,
+    batch: int = 64,
+    beside: Mapping[str, Encoder] | None = None,
 ) -> Extracted:
-    """Runs the encoder, and the baselines where they are wanted, over all labelled pictures."""
-    networks = {"pretrained": encoder}
+    """Runs the encoder, and the baselines where they are wanted, over all labelled pictures.
+
+    `beside`: other networks, by name, that take the same pictures as the encoder.
+    """
+    networks = {"pretrained": encoder, **(beside or {})}
     if baselines and known(encoder.backbone):
         networks["untrained"] = untrained(encoder, seed).to(encoder.device)
     rows = np.concatenate([labelled.train, labelled.test])

@@ -14,7 +14,7 @@ import numpy as np
 from saccade.data import Source
 from saccade.errors import SaccadeError, nearest
 from saccade.evaluate.splits import group_names, set_apart
-from saccade.sources import Files, Shards, open_source
+from saccade.sources import Files, Rows, Shards, open_source
 
 TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
 SHARE = 0.2
@@ -46,9 +46,9 @@ def read_labelled(
 ) -> Labelled:
     """The labelled samples and their split.
 
-    A folder with train/ and test/ (or val/), or with train.tar and test.tar, or a list with a column `split`, has an
-    official split; it is kept, unless `group_by` names groups that it tears: then both parts are pooled and split by
-    group. One level of folders, or a list without that column, is split 80/20 by hash.
+    A folder with train/ and test/ (or val/), or with train.tar and test.tar (or .parquet), or a list with a column
+    `split`, has an official split; it is kept, unless `group_by` names groups that it tears: then both parts are pooled
+    and split by group. One level of folders, or a list without that column, is split 80/20 by hash.
     Raises `SaccadeError` for unlabelled data.
     """
     source = open_source(labelled, short_side=short_side, channels=channels)
@@ -110,7 +110,7 @@ def read_examined(labelled: str | Path | Source, short_side: int | None, channel
 
 def in_test(name: str) -> bool:
     """Whether a column `split` says so."""
-    return _part(name) == "test"
+    return part_of(name) == "test"
 
 
 def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[list[str | None], list[str | None]]:
@@ -123,10 +123,10 @@ def _parts_and_classes(source: Source, keys: list[str], labelled: Any) -> tuple[
             hint = "give the list a column `label`" if columns else "use folders train/CLASS/… and test/CLASS/…"
             raise SaccadeError(f"{labelled} has no labels", path=str(labelled), hint=hint)
         parts: list[str | None] = [None] * len(keys)
-        if isinstance(source, Shards):
-            parts = _parts_of_shards(keys)
-        if "split" in columns:
-            parts = [_part(name) for name in columns["split"]]
+        if isinstance(source, Shards | Rows):
+            parts = _parts_of_shards(keys) if isinstance(source, Shards) else _parts_of_rows(source)
+        if (named := column_of(source, "split")) is not None:
+            parts = [part_of(name) for name in named]
             if "train" not in parts or "test" not in parts:
                 raise SaccadeError("the column `split` needs rows of train and of test (or val)", path=str(labelled))
         return parts, classes
@@ -153,13 +153,32 @@ def _parts_of_shards(keys: list[str]) -> list[str | None]:
     """By the tar's name (train.tar, test-0003.tar), else by the member's first folder, where both parts are there."""
     for place in (0, 1):
         firsts = [key.split("/")[place] for key in keys]
-        found: list[str | None] = [_part(re.split(r"[-_.]", first)[0] if place == 0 else first) for first in firsts]
+        found: list[str | None] = [part_of(re.split(r"[-_.]", first)[0] if place == 0 else first) for first in firsts]
         if "train" in found and "test" in found:
             return found
     return [None] * len(keys)
 
 
-def _part(name: str) -> str:
+def _parts_of_rows(source: Rows) -> list[str | None]:
+    """By the words of a file's name (data/train-00000-of-00002.parquet), where both parts are there."""
+    words = [set(re.split(r"[-_./]", file.lower())) for file in source.files]
+    tests = {"test", "testing"} if any(some & {"test", "testing"} for some in words) else {*TEST}
+    parts = ["train" if some & {*TRAIN} else "test" if some & tests else "unused" for some in words]
+    if not {"train", "test"} <= {*parts}:
+        return [None] * len(source)
+    counts = np.diff([*source.starts, len(source)])
+    return [part for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+
+
+def column_of(source: Source, name: str) -> list[str] | None:
+    """The cells of a list's or a Parquet file's column; None where there is no such."""
+    if isinstance(source, Files):
+        return list(source.columns[name]) if name in source.columns else None
+    return source.column(name) if isinstance(source, Rows) else None
+
+
+def part_of(name: str) -> str:
+    """Which side a folder or a cell of the column `split` means: train, test or unused."""
     name = name.strip().lower()
     return "train" if name in TRAIN else "test" if name in TEST else "unused"
 
@@ -168,10 +187,8 @@ def groups_of(source: Source, keys: list[str], group_by: str | None) -> tuple[li
     """Each sample's group: by pattern, or as the source has it; a sample without one is a group of its own."""
     warnings: list[str] = []
     if group_by is not None:
-        if isinstance(source, Files) and group_by in source.columns:
-            found: list[str | None] = [name or None for name in source.columns[group_by]]
-        else:
-            found, _ = group_names(keys, group_by)
+        cells = column_of(source, group_by)
+        found: list[str | None] = group_names(keys, group_by)[0] if cells is None else [cell or None for cell in cells]
     elif isinstance(source, Files) and "group" not in source.columns:
         return None, warnings
     else:

@@ -50,24 +50,29 @@ class Linear:
 
 def fit(
     features: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
+    labels: Int[Tensor, " n"] | Float[Tensor, "n k"],
     classes: int,
     penalty: float,
     start: Linear | None = None,
     iterations: int = 100,
+    weights: Float[Tensor, " n"] | None = None,
 ) -> Linear:
     """Minimises mean cross-entropy + penalty / 2 · |weight|² over weight and (unpenalised) bias.
 
-    With fewer rows than features it works in the rows' span, where the optimum lies: X = L Q with X X' = L L'.
+    `labels` [N K] of zeros and ones are several labels a row: one logistic regression each. `weights` count rows more
+    or less, with a mean of 1. With fewer rows than features it works in the rows' span, where the optimum lies:
+    X = L Q with X X' = L L'.
     """
     n, d = features.shape
     if n < d:
         inside = _root(features @ features.T, 0.0)
-        inner = fit(inside, labels, classes, penalty, None, iterations)
+        inner = fit(inside, labels, classes, penalty, None, iterations, weights)
         back = torch.linalg.solve_triangular(inside.T, inner.weight, upper=True)
         return Linear(features.T @ back, inner.bias)
-    root = _root(features.T @ features / (4 * n), penalty)  # weight = root'^-1 V
-    target = F.one_hot(labels, classes).to(features.dtype)
+    share = features.new_full((n, 1), 1 / n) if weights is None else (weights / n)[:, None].to(features.dtype)
+    root = _root(features.T @ (features * share) / 4, penalty)  # weight = root'^-1 V
+    several = labels.ndim == 2
+    target = labels.to(features.dtype) if several else F.one_hot(labels, classes).to(features.dtype)
     weight = torch.zeros(d, classes, dtype=features.dtype, device=features.device) if start is None else start.weight
     bias = torch.zeros(1, classes, dtype=features.dtype, device=features.device) if start is None else start.bias[None]
     # one tensor: preconditioned weights, then the bias, whose curvature bound is 1/4 (features have mean 0)
@@ -83,13 +88,19 @@ def fit(
 
     def loss() -> Tensor:
         weight, bias = unpack()
-        logits = torch.log_softmax(features @ weight + bias, dim=1)
-        error = (logits.exp() - target) / n
+        logits = features @ weight + bias
+        if several:
+            error = (logits.sigmoid() - target) * share
+            value = ((F.softplus(logits) - target * logits) * share).sum()
+        else:
+            logits = torch.log_softmax(logits, dim=1)
+            error = (logits.exp() - target) * share
+            value = -(logits * target * share).sum()
         gradient = features.T @ error + penalty * weight
         packed.grad = torch.cat(
             [torch.linalg.solve_triangular(root, gradient, upper=False), 2 * error.sum(dim=0)[None]]
         )
-        return -(logits * target).sum() / n + penalty / 2 * (weight * weight).sum()
+        return value + penalty / 2 * (weight * weight).sum()
 
     optimizer.step(loss)
     return Linear(*unpack())

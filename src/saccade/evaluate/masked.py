@@ -63,6 +63,11 @@ class Classes:
         allowed[[*values, VOID]] = True
         return cls([name for _, name in named], place, allowed)
 
+    @property
+    def values(self) -> list[int]:
+        """The value that stands for each class in a mask."""
+        return [int(np.flatnonzero(self.place == at)[0]) for at in range(len(self.names))]
+
 
 def _void(name: str) -> bool:
     return re.search(r"\(ignored?\)$|^(void|ignored?)$", name.lower()) is not None
@@ -83,18 +88,22 @@ class Masked:
         """A picture as it lies on disk, and the class of each of its pixels. Raises `Unreadable`."""
         key = self.keys[row]
         picture = decode(read(str(self.root / key), key), key=key, short_side=None, channels=self.channels)[0]
-        return picture, self._mask(self.masks[row], (picture.shape[2], picture.shape[1]))
+        return picture, self.target(row, (picture.shape[2], picture.shape[1]))
+
+    def target(self, row: int, size: tuple[int, int] | None = None) -> UInt8[Tensor, "h w"]:
+        """The class of each pixel, of a picture that is so wide and high where that is known. Raises `Unreadable`."""
+        return self._mask(self.masks[row], size)
 
     def some(self, rows: list[int]) -> Masked:
         """Only these."""
         return replace(self, keys=[self.keys[row] for row in rows], masks=[self.masks[row] for row in rows])
 
-    def _mask(self, key: str, size: tuple[int, int]) -> UInt8[Tensor, "h w"]:
+    def _mask(self, key: str, size: tuple[int, int] | None) -> UInt8[Tensor, "h w"]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a large one is refused by its size, before it is decoded
                 with Image.open(self.root / key, formats=("PNG",)) as image:
-                    if image.size != size:
+                    if size is not None and image.size != size:
                         raise Unreadable(key, f"the mask is {_spoken(image.size)}, its picture {_spoken(size)}")
                     if image.mode not in ("L", "P", "1", "I", "I;16"):  # a palette only paints numbers, as in VOC's
                         kind = {"RGB": "colours", "RGBA": "colours"}.get(image.mode, image.mode)
@@ -134,7 +143,7 @@ def read_masked(labelled: str | Path, channels: int = 3) -> dict[str, Masked]:
     parts = {"train": train[0], "test": test[0]}
     if "val" in there and test[0].name != "val":
         parts["val"] = there["val"]
-    found = {name: _part(root, path, classes, channels) for name, path in parts.items()}
+    found = {name: masked_part(root, path, classes, channels) for name, path in parts.items()}
     for name in ("train", "test"):
         if not found[name].keys:
             told = f": {found[name].failures[0][1]}" if found[name].failures else ""
@@ -142,15 +151,17 @@ def read_masked(labelled: str | Path, channels: int = 3) -> dict[str, Masked]:
     return found
 
 
-def _part(root: Path, path: Path, classes: Classes, channels: int) -> Masked:
+def masked_part(root: Path, path: Path, classes: Classes, channels: int) -> Masked:
+    """The pictures of `path`/images, named below `root`, that have a mask of the same name in `path`/masks."""
     pictures, masks = (list(scan(path / inner).keys) for inner in ("images", "masks"))
     known = {mask.removesuffix(".png"): mask for mask in masks if mask.endswith(".png")}
     keys, beside, failures = [], [], []
+    within = "" if path == root else f"{path.relative_to(root).as_posix()}/"
     for picture in pictures:
-        mask, key = known.get(picture.rpartition(".")[0]), f"{path.name}/images/{picture}"
+        mask, key = known.get(picture.rpartition(".")[0]), f"{within}images/{picture}"
         if mask is None:
-            failures.append((key, f"there is no mask {path.name}/masks/{picture.rpartition('.')[0]}.png"))
+            failures.append((key, f"there is no mask {within}masks/{picture.rpartition('.')[0]}.png"))
         else:
             keys.append(key)
-            beside.append(f"{path.name}/masks/{mask}")
+            beside.append(f"{within}masks/{mask}")
     return Masked(root, classes, channels, keys, beside, failures)

@@ -22,10 +22,10 @@ from saccade.data import Source, same_text
 from saccade.embed import device
 from saccade.encoder import Encoder
 from saccade.errors import SaccadeError, Unreadable
-from saccade.evaluate.labelled import in_test
+from saccade.evaluate.labelled import column_of, in_test
 from saccade.evaluate.shared import pictured, test_side, worded
 from saccade.search import best_of
-from saccade.sources import Files, open_source
+from saccade.sources import open_source
 from saccade.sources.captions import usable
 
 AT = (1, 5, 10)
@@ -76,8 +76,8 @@ def _open(pairs: str | Path | Source, encoder: Encoder) -> tuple[Source, list[in
     prepare = encoder.preprocess
     place, part = (pairs, "all") if isinstance(pairs, Source) else test_side(Path(pairs).expanduser())
     source = open_source(place, short_side=prepare.canvas, channels=prepare.channels, texts=True)
-    if isinstance(source, Files) and "split" in source.columns:
-        rows = [row for row, name in enumerate(source.columns["split"]) if in_test(name)]
+    if (named := column_of(source, "split")) is not None:
+        rows = [row for row, name in enumerate(named) if in_test(name)]
         return source, rows or list(range(len(source))), "the column split: test" if rows else part
     return source, list(range(len(source))), part
 

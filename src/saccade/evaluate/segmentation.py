@@ -53,7 +53,7 @@ class Seen:
     @property
     def miou(self) -> float:
         """Percent, over the classes that are there."""
-        return float(_miou(self.counts.sum(axis=0)))
+        return float(miou(self.counts.sum(axis=0)))
 
     def report(self, names: list[str]) -> dict[str, Any]:
         """For JSON; a class that no examined pixel has is null."""
@@ -70,7 +70,7 @@ def _rounded(value: float) -> float:
     return round(float(value), 3)
 
 
-def _miou(counts: np.ndarray) -> np.ndarray:
+def miou(counts: np.ndarray) -> np.ndarray:
     """Percent, of counts [… 3 K]: over the classes that are there."""
     right, there, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
     union = there + predicted - right
@@ -108,7 +108,7 @@ def evaluate(
     failures = [*train.failures, *test.failures, *found.failures]
     beside = {
         "baselines": {name: {"segmentation": seen.report(label)} for name, seen in rivals.items()},
-        "differences": {"segmentation": _difference(ours, rivals, groups, seed)},
+        "differences": {"segmentation": difference(ours, rivals, groups, seed)},
     }
     return {
         "segmentation": ours.report(label),
@@ -170,7 +170,7 @@ def examine(
         rows, labels, held, grids = _learnable(encoder, contestants, train, apart, count, seed, failures)
         if len(labels.unique()) < 2 or held.all() or not held.any():
             raise SaccadeError("too few pictures with masks could be read", hint=_first(failures), code=1)
-        layers = {name: _layer(x, labels, places, held) for name, x in rows.items()}
+        layers = {name: solve(x, labels, places, held) for name, x in rows.items()}
         counts: dict[str, list[np.ndarray]] = {name: [] for name in layers}
         examined: list[int] = []
         for some, images, masks in _batches(encoder, test, failures, "examining"):
@@ -236,7 +236,7 @@ def _batches(
         except Unreadable as error:
             failures.append((part.keys[row], error.reason))
             continue
-        image = encoder.preprocess.sized(picture, _sides(encoder, picture))
+        image = encoder.preprocess.sized(picture, sides(encoder, picture))
         if rows and (len(rows) == _BATCH or image.shape != images[0].shape or image.dtype != images[0].dtype):
             yield rows, torch.stack(images), masks
             rows, images, masks = [], [], []
@@ -247,7 +247,7 @@ def _batches(
         yield rows, torch.stack(images), masks
 
 
-def _sides(encoder: Encoder, picture: Shaped[Tensor, "c h w"]) -> list[int]:
+def sides(encoder: Encoder, picture: Shaped[Tensor, "c h w"]) -> list[int]:
     """Height and width in whole patches, near the picture's aspect; square where nothing else can be read."""
     short, stride = encoder.preprocess.crop, encoder.backbone.stride
     if not known(encoder.backbone):  # a graph of others may hold its size
@@ -300,7 +300,7 @@ def _at(grid: Float[Tensor, "d y x"], mask: UInt8[Tensor, "h w"], place: Int[Ten
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A fitted linear layer on standardised features, with the penalty and its score on what was held out."""
 
     standard: Standard
@@ -314,20 +314,36 @@ class _Layer:
         return rows.unflatten(0, (len(grid), *grid.shape[2:])).permute(0, 3, 1, 2)
 
 
-def _layer(rows: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, held: Tensor) -> _Layer:
-    """The penalty with the best score on the pixels held out, strong to weak as `linear` sweeps; then fitted to all."""
+def solve(
+    rows: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    classes: int,
+    held: Tensor,
+    weights: Float[Tensor, " k"] | None = None,
+    whole: bool = True,
+) -> Layer:
+    """The penalty with the best score on the pixels held out, strong to weak as `linear` sweeps; then fitted to all.
+
+    `weights`: how much each class counts. Not `whole`: never fitted to what is held out.
+    """
     held = held.to(rows.device)
+    each = None if weights is None else weights.to(rows)[labels]
+    each = None if each is None else each / each.mean()
+    some = None if each is None else each[~held]
     standard = Standard.of(rows[~held])
     rest, other, start = standard(rows[~held]), standard(rows[held]), None
     best, best_score, since = PENALTIES[0], -1.0, 0
     for penalty in PENALTIES:
-        start = fit(rest, labels[~held], classes, penalty, start)
-        score = float(_miou(_tally(start.predict(other), labels[held], classes)))
+        start = fit(rest, labels[~held], classes, penalty, start, weights=some)
+        score = float(miou(tally(start.predict(other), labels[held], classes)))
         best, best_score, since = (penalty, score, 0) if score > best_score else (best, best_score, since + 1)
         if since == 2:
             break
-    standard = Standard.of(rows)
-    return _Layer(standard, fit(standard(rows), labels, classes, best), best, best_score)
+    if whole:
+        standard, some = Standard.of(rows), each
+        rest = standard(rows)
+    learned = labels if whole else labels[~held]
+    return Layer(standard, fit(rest, learned, classes, best, weights=some), best, best_score)
 
 
 def _counts(logits: Float[Tensor, "k y x"], mask: UInt8[Tensor, "h w"], classes: int) -> Int[np.ndarray, "3 k"]:
@@ -335,29 +351,37 @@ def _counts(logits: Float[Tensor, "k y x"], mask: UInt8[Tensor, "h w"], classes:
     size = list(mask.shape)
     predicted = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0).cpu()
     counted = mask != VOID
-    return _tally(predicted[counted], mask[counted].long(), classes)
+    return tally(predicted[counted], mask[counted].long(), classes)
 
 
-def _tally(predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: int) -> Int[np.ndarray, "3 k"]:
+def tally(predicted: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: int) -> Int[np.ndarray, "3 k"]:
+    """Pixels right, there and predicted, by class."""
     parts = (labels[predicted == labels], labels, predicted)
     return np.stack([torch.bincount(part, minlength=classes).cpu().numpy() for part in parts])
 
 
-def _difference(ours: Seen, rivals: dict[str, Seen], groups: list[str], seed: int) -> dict[str, Any]:
+def difference(ours: Seen, rivals: dict[str, Seen], groups: list[str], seed: int) -> dict[str, Any]:
     """How far the encoder is from the best rival: a bootstrap over test pictures (groups), the same for both."""
     rival = max(rivals, key=lambda name: rivals[name].miou, default=None)
     if rival is None:
         return {}
+    found = compared(ours.counts, rivals[rival].counts, miou, groups, seed)
+    return {**found, "against": rival}
+
+
+def compared(
+    ours: np.ndarray, theirs: np.ndarray, score: Callable[[np.ndarray], np.ndarray], groups: list[str], seed: int
+) -> dict[str, Any]:
+    """How much higher one contestant scores, from what is summed over pictures before `score` makes a number of it.
+
+    A bootstrap over groups of pictures, drawn the same for both, says how much of that may be chance.
+    """
     number = {name: place for place, name in enumerate(dict.fromkeys(groups))}
     member = np.array([number[name] for name in groups])
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(len(number), np.full(len(number), 1 / len(number)), size=_DRAWS)[:, member]
-    both = [_miou(np.tensordot(drawn, seen.counts, axes=1)) for seen in (ours, rivals[rival])]
-    mean, bound = ours.miou - rivals[rival].miou, 2 * float((both[0] - both[1]).std(ddof=1))
+    both = [score(np.tensordot(drawn, sums, axes=1)) for sums in (ours, theirs)]
+    mean = float(score(ours.sum(axis=0)) - score(theirs.sum(axis=0)))
+    bound = 2 * float((both[0] - both[1]).std(ddof=1))
     verdict = "no difference" if abs(mean) <= bound else "better" if mean > 0 else "worse"
-    return {
-        "mean": _rounded(mean),
-        "two_standard_errors": _rounded(bound),
-        "verdict": verdict,
-        "against": rival,
-    }
+    return {"mean": _rounded(mean), "two_standard_errors": _rounded(bound), "verdict": verdict}

@@ -76,12 +76,13 @@ def _finite(vectors: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:
 def test_side(data: Path) -> tuple[Path, str]:
     """What of a folder is examined, and its name: test.jsonl (or another list), test.tar, test/; else all of it.
 
-    `val` stands in where there is no `test`.
+    `val` stands in where there is no `test`. Parquet files may be in a folder `data`, as on Hugging Face's hub.
     """
     for name in TEST if data.is_dir() else ():
         for place in [*(data / f"{name}{suffix}" for suffix in (*_LISTS, ".tar")), data / name]:
             if place.exists():
                 return place, place.name
-        if glob.glob(str(data / f"{name}-*.tar")):
-            return data / f"{name}-*.tar", f"{name}-*.tar"
+        for shards in (f"{name}-*.tar", f"{name}-*.parquet", f"data/{name}-*.parquet"):
+            if glob.glob(str(data / shards)):
+                return data / shards, shards
     return data, "all"

@@ -24,12 +24,14 @@ from saccade.draws import Draws
 from saccade.errors import SaccadeError, Unreadable, nearest
 from saccade.evaluate.baselines import difference, majority
 from saccade.evaluate.knn import predict
+from saccade.evaluate.labelled import SHARE, TEST, TRAIN, part_of
 from saccade.evaluate.linear import probe
 from saccade.evaluate.splits import set_apart
 from saccade.model import build
 from saccade.recipe import configure
 from saccade.run import Run, verify
 from saccade.settings import Worded
+from saccade.sources.listing import TABLES
 from saccade.sources.texts import Texts, open_texts
 from saccade.text import Reader, TextEncoder
 
@@ -50,7 +52,10 @@ def alone(backbone: Any) -> Path | None:
 
 
 def evaluate(folder: Path, labelled: Any, tasks: Sequence[str], seed: int) -> dict[str, Any]:
-    """Scores of the text encoder in a folder, on train/CLASS/*.txt and test/CLASS/*.txt. Raises `SaccadeError`."""
+    """Scores of the text encoder in a folder, on train/CLASS/*.txt and test/CLASS/*.txt, or on lists with labels.
+
+    Lists are train.csv and test.csv (or .tsv, .jsonl, .parquet), or one with a column `split`. Raises `SaccadeError`.
+    """
     began = time.perf_counter()
     for task in tasks:
         if task not in TASKS:
@@ -65,36 +70,75 @@ def evaluate(folder: Path, labelled: Any, tasks: Sequence[str], seed: int) -> di
         found["masked"] = masked.pop("trained")
         for name, score in masked.items():
             found["baselines"].setdefault(name, {})["masked"] = score
-    split = {"made": "as given: train and test"} | {part: len(rows) for part, (_, rows, _) in parts.items()}
+    made = "as given: train and test"
+    if parts["train"][2] is parts["test"][2] and parts["train"][2].documents.column("split") is None:
+        made = "by hash of the group"
+    split = {"made": made} | {part: len(rows) for part, (_, rows, _) in parts.items()}
     return {**found, "split": split, "seed": seed, "seconds": round(time.perf_counter() - began, 1)}
 
+
+_LAYOUT = "train/CLASS/*.txt and test/CLASS/*.txt, or lists with columns `text` and `label`"
 
 Parts = dict[str, tuple[list[str], list[int], Texts]]
 
 
-def _read(root: Path) -> Parts:
-    """Of train and test the class of each file, and the row of its first piece."""
+def _read(place: Path) -> Parts:
+    """Of train and test the class of each text, and the row of its first piece."""
     parts: Parts = {}
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise SaccadeError(f"{root} has no {part}/", path=root, hint="train/CLASS/*.txt and test/CLASS/*.txt")
-        source = open_texts(root / part, _WHOLE)
-        rows, classes = [], []
-        for row in range(len(source)):
+    for part, (source, rows) in _sides(place).items():
+        classes, used = [], []
+        for row in rows:
             try:
                 name = source[row].label
             except Unreadable:
                 continue
-            if name is not None and source.key(row).partition("#")[2] in ("", "0"):
-                rows.append(row)
+            if name is not None:
+                used.append(row)
                 classes.append(name)
-        parts[part] = (classes, rows, source)
+        parts[part] = (classes, used, source)
     train, test = (set(parts[part][0]) for part in ("train", "test"))
     if len(train) < 2 or not test <= train:
         strange = sorted(test - train)
         said = f"the class {strange[0]!r} of test is not in train" if strange else "fewer than two classes"
-        raise SaccadeError(f"{root} has {said}", path=root, hint="train/CLASS/*.txt and test/CLASS/*.txt")
+        raise SaccadeError(f"{place} has {said}", path=place, hint=_LAYOUT)
+    if not test:
+        raise SaccadeError(f"{place} has no labelled text in test", path=place, hint=_LAYOUT)
     return parts
+
+
+def _sides(place: Path) -> dict[str, tuple[Texts, Sequence[int]]]:
+    """Texts of train and of test: folders or lists of these names, or one list by its column `split` or by hash."""
+    if place.is_dir():
+        found = {part: _side(place, names) for part, names in (("train", TRAIN), ("test", TEST))}
+        if None in found.values():
+            part = next(part for part, side in found.items() if side is None)
+            raise SaccadeError(f"{place} has no {part}/", path=place, hint=_LAYOUT)
+        sources = {part: open_texts(side, _WHOLE) for part, side in found.items() if side is not None}
+        return {part: (source, range(len(source))) for part, source in sources.items()}
+    source = open_texts(place, _WHOLE)
+    split = source.documents.column("split")
+    if split is None:
+        names = [source.group(row) or source.key(row) for row in range(len(source))]
+        test = set_apart(names, SHARE, "test")
+    else:
+        used = [part_of(name) for name in split]
+        test = np.array([name == "test" for name in used])
+        if "train" not in used or "test" not in used:
+            raise SaccadeError("the column `split` needs rows of train and of test (or val)", path=place)
+    learned = ~test if split is None else np.array([name == "train" for name in used])
+    return {"train": (source, np.flatnonzero(learned).tolist()), "test": (source, np.flatnonzero(test).tolist())}
+
+
+def _side(place: Path, names: Sequence[str]) -> Path | None:
+    """The folder, list or Parquet files of one side."""
+    for name in names:
+        for side in (place / name, *(place / f"{name}{suffix}" for suffix in (*TABLES, ".parquet"))):
+            if side.exists():
+                return side
+        for pattern in (f"{name}-*.parquet", f"data/{name}-*.parquet"):
+            if any(place.glob(pattern)):
+                return place / pattern
+    return None
 
 
 def _tokens(folder: Path, parts: Parts) -> tuple[Any, dict[str, Int[Tensor, "n l"]]]:

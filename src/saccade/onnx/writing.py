@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,16 @@ class _Outputs(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
-        features = (
-            self._of_convnet(self.backbone, images) if isinstance(self.backbone, Convnet) else self.backbone(images)
-        )
+        features = of_convnet(self.backbone, images) if isinstance(self.backbone, Convnet) else self.backbone(images)
         cls = () if features.cls is None else (features.cls,)
         return (self.backbone.embedding(features), features.patches, *cls)
 
-    @staticmethod
-    def _of_convnet(network: Convnet, images: Tensor) -> Features:
-        """Without positions and grid, which nobody asks for here and which would fix the sides."""
-        cls, cells = network.finish(network.last_map(network.normalise(images), None))
-        patches = cells.flatten(2).transpose(1, 2)
-        return Features(cls, patches[:, :0], patches, torch.empty(0, 0, 2, dtype=torch.int64), (0, 0))
+
+def of_convnet(network: Convnet, images: Tensor) -> Features:
+    """Features without positions and grid, which a vector does not need and which would fix the sides."""
+    cls, cells = network.finish(network.last_map(network.normalise(images), None))
+    patches = cells.flatten(2).transpose(1, 2)
+    return Features(cls, patches[:, :0], patches, torch.empty(0, 0, 2, dtype=torch.int64), (0, 0))
 
 
 def names(encoder: Encoder) -> list[str]:
@@ -123,12 +121,23 @@ def write(encoder: Encoder, directory: str | Path) -> list[Path]:
     `SaccadeError` for clips, for a file that is ONNX already, and where the export cannot keep every size.
     """
     needed("onnx", "onnxscript")
-    network = _portable(encoder)
+    width = encoder.backbone.config.width
+    shapes: dict[str, list[str | int]] = {
+        name: ["batch", *(["patches"] if name == "patches" else []), width] for name in names(encoder)
+    }
+    return write_network(_Outputs(portable(encoder)).eval(), shapes, _metadata(encoder), directory)
+
+
+def write_network(
+    network: nn.Module, shapes: Mapping[str, Sequence[str | int]], metadata: Mapping[str, str], directory: str | Path
+) -> list[Path]:
+    """The same of any network with a `backbone` that is `portable`: `shapes` are those of its outputs, by name."""
+    needed("onnx", "onnxscript")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    program = _program(network, names(encoder))
+    program = _program(network, shapes)
     program.model.metadata_props.clear()
-    program.model.metadata_props.update(_metadata(encoder))
+    program.model.metadata_props.update(metadata)
     beside = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) > _LARGEST_FILE
     path = directory / MODEL
     new = directory / f"new-{MODEL}"
@@ -139,8 +148,8 @@ def write(encoder: Encoder, directory: str | Path) -> list[Path]:
     return [path]
 
 
-def _portable(encoder: Encoder) -> _Outputs:
-    """The network as it is written: a copy on the CPU in float32, each part in a form that ONNX has."""
+def portable(encoder: Encoder) -> ViT | Convnet:
+    """The backbone as it is written: a copy on the CPU in float32, each part in a form that ONNX has."""
     backbone = encoder.backbone
     if not isinstance(backbone, ViT | Convnet):
         raise SaccadeError(
@@ -153,35 +162,36 @@ def _portable(encoder: Encoder) -> _Outputs:
     network = copy.deepcopy(backbone).cpu().float().eval()
     if isinstance(network, ViT):
         network.__class__ = _PortableViT
-    return _Outputs(network).eval()
+    return network
 
 
-def _program(network: _Outputs, outputs: list[str]) -> torch.onnx.ONNXProgram:
+def _program(network: nn.Module, shapes: Mapping[str, Sequence[str | int]]) -> torch.onnx.ONNXProgram:
     """The graph, of any batch and size. Raises `SaccadeError` where one of them would be fixed."""
-    config, stride = network.backbone.config, network.backbone.stride
+    backbone: Any = network.backbone
+    config, stride = backbone.config, backbone.stride
     images = torch.zeros(2, config.channels, 3 * stride, 5 * stride)  # no two sides are alike, and none is 1
     batch = torch.export.Dim("batch", min=1, max=2**16)
-    if isinstance(network.backbone, Convnet):  # torch asks for two cells a side; the graph does with one (`check`)
+    if isinstance(backbone, Convnet):  # torch asks for two cells a side; the graph does with one (`check`)
         sides = [torch.export.Dim(name, min=2 * stride, max=2**15) for name in ("height", "width")]
     else:
         sides = [stride * torch.export.Dim(name, min=1, max=2**12) for name in ("rows", "columns")]
     with _quiet():
         try:
-            shapes = ({0: batch, 2: sides[0], 3: sides[1]},)
-            graph = torch.export.export(network, (images,), dynamic_shapes=shapes, strict=False)
+            free = ({0: batch, 2: sides[0], 3: sides[1]},)
+            graph = torch.export.export(network, (images,), dynamic_shapes=free, strict=False)
         except torch._dynamo.exc.UserError as error:
             raise SaccadeError(
                 f"torch cannot export this encoder at every size: {str(error).splitlines()[0]}", code=1
             ) from error
         program = torch.onnx.export(
-            graph, dynamo=True, input_names=["images"], output_names=outputs, opset_version=OPSET, verbose=False
+            graph, dynamo=True, input_names=["images"], output_names=list(shapes), opset_version=OPSET, verbose=False
         )
     assert program is not None
-    _name_axes(program, config)
+    _name_axes(program, config, shapes)
     return program
 
 
-def _name_axes(program: torch.onnx.ONNXProgram, config: Any) -> None:
+def _name_axes(program: torch.onnx.ONNXProgram, config: Any, shapes: Mapping[str, Sequence[str | int]]) -> None:
     """The axes as `write` promises them, in place of torch's symbols, and nothing of the machine it was written on."""
     from onnx_ir import Shape
 
@@ -194,8 +204,7 @@ def _name_axes(program: torch.onnx.ONNXProgram, config: Any) -> None:
     graph.inputs[0].shape = Shape(["batch", config.channels, "height", "width"])
     graph.inputs[0].metadata_props.clear()
     for output in graph.outputs:
-        patches = ["patches"] if output.name == "patches" else []
-        output.shape = Shape(["batch", *patches, config.width])
+        output.shape = Shape(list(shapes[str(output.name)]))
 
 
 @contextlib.contextmanager

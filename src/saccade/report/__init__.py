@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saccade.data import Source
+from saccade.data import Source, Tokenize
 from saccade.embed import examining
 from saccade.encoder import Encoder
 from saccade.model import build
+from saccade.reading import Reading
 from saccade.recipe import Recipe, Training
-from saccade.report import adapted, pictures, sections, tours
+from saccade.report import adapted, hidden, pictures, sections, tours
 from saccade.report.charts import number
+from saccade.report.hidden import Hidden
 from saccade.report.page import Page, Prose, Section, Table, sections_of, write_page
 from saccade.report.pictures import glimpse
 from saccade.run import Run
@@ -30,15 +32,19 @@ REPORT = "report.html"
 _FOOTER = "Written by saccade. This page is one file: it loads nothing and runs no script."
 
 
-Shown = Mapping[str, Float[Tensor, "b c h w"]]
-"""Pictures in [0, 1] by caption, as `Method.show` gives them."""
+Shown = Mapping[str, Float[Tensor, "b c h w"]] | Hidden | None
+"""Pictures in [0, 1] by caption, as `Method.show` gives them; of texts alone, hidden words and what is said of them."""
 
 
-def shown_by(page: Recipe, config: Training, source: Source, tensors: Mapping[str, Tensor]) -> Callable[[], Shown]:
-    """What `Method.show` makes of a few samples, when it is called; `tensors` are the state of the trained method."""
+def shown_by(
+    page: Recipe, config: Training, source: Source, tensors: Mapping[str, Tensor], tokenize: Tokenize | None = None
+) -> Callable[[], Shown]:
+    """What a method makes of a few samples, when it is called; `tensors` are the state of the trained method."""
 
     @torch.no_grad()
     def show() -> Shown:
+        if config.pieces() is not None and isinstance(tokenize, Reading):
+            return hidden.hidden(page, config, source, tensors, tokenize)
         method, _ = build(page, config, None)
         method.load_state_dict(dict(tensors))
         return method.eval().show(glimpse(page, config, source)[1])
@@ -56,7 +62,7 @@ def write_run(
 ) -> Path:
     """Writes `report.html` into the run's directory, and returns where it is.
 
-    `shown` are the pictures of `Method.show`, or a function that makes them; `encoder` is what was learned, or None
+    `shown` is what `shown_by` gives, or what that makes; `encoder` is what was learned, or None
     where it takes no pictures; `source` the run's own data; `scores` the result of `evaluate`, if there is one. What
     the run cannot show is left out; what fails is named in its place, for a report never ends a run.
     """
@@ -67,7 +73,7 @@ def write_run(
         ("Texts", lambda: sections.texts(run)),
         ("What the features know", lambda: sections.live(run)),
         ("Evaluation", lambda: sections.evaluation(scores) if scores and "baselines" in scores else None),
-        ("What the method makes of a picture", lambda: sections.made(shown() if callable(shown) else shown)),
+        ("What the method makes of its data", lambda: _shown(shown() if callable(shown) else shown)),
         ("Views", lambda: sections.views(run, source)),
     ]
     if encoder is not None and len(encoder.grid) == 2:
@@ -81,6 +87,10 @@ def write_run(
     with contextlib.nullcontext() if encoder is None else examining(encoder):
         page = Page(_title(run), _lede(run), _figures(run), _made(parts), of_run=True, footer=_FOOTER)
     return write_page(run.path / REPORT, page)
+
+
+def _shown(found: Shown) -> Section | None:
+    return sections.made(found) if isinstance(found, Mapping) else hidden.section(found)
 
 
 def _made(parts: Sequence[tuple[str, Callable[[], Section | None]]]) -> list[Section]:
@@ -123,7 +133,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         ("k-NN, percent", tested[-1].get("knn")),
         ("linear probe, percent", tested[-1].get("linear")),
         ("effective rank", health.get("rank")),
-        ("images a second", summary.get("images_per_second")),
+        ("samples a second", summary.get("images_per_second")),
     ]
     found = [(name, number(float(value))) for name, value in figures if isinstance(value, int | float)]
     if "data_wait" in summary:

@@ -66,7 +66,7 @@ class Measure(NamedTuple):
 _LOSS = Measure("loss", "Loss", "", floor=None)
 _WAYS = (
     Measure("gradient_norm", "Gradient norm", "before clipping", floor=None),
-    Measure("images_per_second", "Speed", "images a second"),
+    Measure("images_per_second", "Speed", "samples a second"),
     Measure("data_wait", "Waiting for data", "part of the time", percent=True),
 )
 _HEALTH = (
@@ -401,7 +401,7 @@ def record(run: Run) -> Section:
     last = sessions[-1] if sessions else {}
     facts = [
         ("Recipe", text_of(config.get("recipe"))),
-        ("Data", ", ".join(map(str, config.get("data", [])))),
+        ("Data", text_of(config.get("data"))),
         ("Samples", f"{data['samples']:,}" if "samples" in data else ""),
         ("Data fingerprint", text_of(data.get("fingerprint"))),
         ("Initial weights", _origin(initial)),

@@ -1,9 +1,10 @@
-"""Where samples come from: a folder, a list, tar shards, or several of these mixed by weight."""
+"""Where samples come from: a folder, a list, tar shards, Parquet, or several of these mixed by weight."""
 
 from __future__ import annotations
 
 import difflib
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from saccade.sources import listing
 from saccade.sources.files import Beside, Files
 from saccade.sources.folder import scan
 from saccade.sources.mixture import Mixture
+from saccade.sources.parquet import Rows, open_rows, pictured
 from saccade.sources.shards import Shards, open_shards
 from saccade.sources.texts import open_texts
 
-__all__ = ["Files", "Mixture", "Shards", "open_source"]
+__all__ = ["Files", "Mixture", "Rows", "Shards", "open_source"]
 
 Data = str | Path | Source
 
@@ -33,14 +35,14 @@ def open_source(
     texts: bool = False,
     pieces: int | None = None,
 ) -> Source:
-    """The samples of a folder, a list, tar shards (a tar, a folder of tars, a pattern), or several.
+    """The samples of a folder, a list, tar shards (a tar, a folder of tars, a pattern), Parquet likewise, or several.
 
-    Lists are .txt, .csv, .tsv, .jsonl or .parquet.
+    Lists are .txt, .csv, .tsv, .jsonl or .parquet; a .parquet that holds the pictures' bytes is read row by row.
     `short_side` allows pictures to be shrunk at decoding as long as their short side keeps that many pixels; `channels`
     is 1 or 3; `weights` are the shares in which several sources are drawn (as many as they have samples, if None);
     `group_by` is a pattern whose first parenthesis finds a sample's group in its key; with `texts` every sample
     is a picture and its captions, and one without is unreadable; with `pieces` samples are pieces of text files (.txt,
-    .md, .rst), of so many bytes. Raises `SaccadeError`.
+    .md, .rst) or of the texts in a list, of so many bytes. Raises `SaccadeError`.
     """
     if group_by is not None:
         try:
@@ -90,12 +92,14 @@ def _open(
             hint="copy it to a local folder; reading it in place will be the extra saccade[cloud]",
         )
     path = Path(data).expanduser()
-    if pieces is not None and path.exists():
+    if pieces is not None and (path.exists() or glob.has_magic(str(path))):
         return open_texts(path, pieces, group_by)
     if path.is_dir():
         return _folder(path, short_side, channels, group_by, texts)
     suffix = path.suffix.lower()
     if path.is_file():
+        if suffix == ".parquet" and pictured(path):
+            return _rows(path.parent, [path], short_side, channels, group_by, texts)
         if suffix in listing.EXTENSIONS:
             keys, columns, captions = listing.read_list(path, texts)
             return Files(str(path.parent), keys, columns, short_side, channels, group_by, captions)
@@ -122,24 +126,39 @@ def _folder(path: Path, short_side: int | None, channels: int, group_by: str | N
         return Files(str(path), found.keys, {}, short_side, channels, group_by, captions)
     if found.others["tar"]:
         return open_shards(sorted(path.rglob("*.tar")), short_side, channels, group_by, texts)
+    if found.others["parquet"]:
+        return _rows(path, sorted(path.rglob("*.parquet")), short_side, channels, group_by, texts)
     seen = ", ".join(
         f"{count} .{name}" if name else f"{count} without extension" for name, count in found.others.most_common(5)
     )
     hint = f"files there: {seen}" if seen else "it has no files that are not hidden"
     read = " ".join(f".{name}" for name in sorted(EXTENSIONS))
-    raise SaccadeError(f"there are no pictures in {path}", path=path, hint=f"{hint}; read are {read} and .tar")
+    raise SaccadeError(f"there are no pictures in {path}", path=path, hint=f"{hint}; read are {read}, .tar, .parquet")
+
+
+def _rows(
+    root: Path, files: list[Path], short_side: int | None, channels: int, group_by: str | None, texts: bool
+) -> Rows:
+    as_read = {"short_side": short_side, "channels": channels, "group_by": group_by}
+    return open_rows(root, files, as_read, texts=texts)
 
 
 def _pattern(path: Path, short_side: int | None, channels: int, group_by: str | None, texts: bool) -> Source:
-    tars = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    if not tars:
+    shards = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if not shards:
         raise SaccadeError(f"nothing matches {path}", path=path)
-    others = [tar for tar in tars if tar.suffix.lower() != ".tar" or not tar.is_file()]
-    if others:
+    suffix = shards[0].suffix.lower()
+    others = [shard for shard in shards if shard.suffix.lower() != suffix or not shard.is_file()]
+    if others or suffix not in (".tar", ".parquet"):
         raise SaccadeError(
-            f"a pattern names tar shards, but {path} matches {others[0]}", path=path, hint="end it in .tar"
+            f"a pattern names tar shards or Parquet files, but {path} matches {(others or shards)[0]}",
+            path=path,
+            hint=f"end it in {suffix if others and suffix in ('.tar', '.parquet') else '.tar'}",
         )
-    return open_shards(tars, short_side, channels, group_by, texts)
+    if suffix == ".tar":
+        return open_shards(shards, short_side, channels, group_by, texts)
+    root = Path(os.path.commonpath([shard.parent for shard in shards]))
+    return _rows(root, shards, short_side, channels, group_by, texts)
 
 
 def _nearby(path: Path) -> str:

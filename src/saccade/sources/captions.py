@@ -25,8 +25,10 @@ LIMIT = 10_000
 READ = 4 * LIMIT + 4
 """Bytes that hold so many characters in any of the encodings."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-_KINDS = tuple(re.compile(rf"{word}(?:[ _-]?\d+)?") for word in ("captions?", "texts?", "title", "name"))
+CAPTIONS = ("captions?", "texts?", "title", "name")
 """Names of columns and of JSON fields that hold captions: those of the first kind that occurs, all of them."""
+TEXTS = ("texts?", "content", "body", "sentences?", "document", "abstract", "captions?", "title")
+"""The same of texts that belong to no picture."""
 
 
 def decoded(data: bytes) -> tuple[str, str]:
@@ -62,10 +64,10 @@ def usable(key: str, words: Iterable[bytes]) -> tuple[str, ...]:
     return texts
 
 
-def chosen(names: Iterable[str]) -> list[str]:
-    """Which of these columns or fields hold captions."""
+def chosen(names: Iterable[str], kinds: Iterable[str] = CAPTIONS) -> list[str]:
+    """Which of these columns or fields hold captions, or texts of other `kinds`."""
     names = list(names)
-    found = ([name for name in names if kind.fullmatch(name.lower())] for kind in _KINDS)
+    found = ([name for name in names if re.fullmatch(rf"{kind}(?:[ _-]?\d+)?", name.lower())] for kind in kinds)
     return next((some for some in found if some), [])
 
 

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from saccade.errors import SaccadeError, nearest
 from saccade.sources.captions import Column, chosen, encoded
+from saccade.sources.parquet import schema_of
 from saccade.sources.strings import Strings
 
 EXTENSIONS = (".txt", ".lst", ".list", ".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".jsonl")
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "key")
 """Names of the column that says which picture a row is of."""
 
@@ -46,7 +48,7 @@ def read_list(path: Path, texts: bool = False) -> Listed:
     if texts:
         paths, columns, said = _merged(path, paths, columns)
         captions = Column.of(said)
-    named = {name: Strings(map(_cell, column)) for name, column in columns.items()}
+    named = {name: Strings(map(cell_of, column)) for name, column in columns.items()}
     return Listed(Strings(name.removeprefix("./") for name in paths), named, captions)
 
 
@@ -64,16 +66,22 @@ def read_columns(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
 
 
 def _columns(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _named(path, *_parquet(path))
+    if path.suffix.lower() in TABLES:
+        return _named(path, *table_of(path))
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
-        if suffix == ".jsonl":
-            return _named(path, *_objects(path, lines))
-        if suffix in (".csv", ".tsv"):
-            csv.field_size_limit(1 << 27)  # captions of any length; they are cut where they are read
-            return _named(path, *_table(path, csv.reader(lines, "excel-tab" if suffix == ".tsv" else "excel")))
         return [line for line in (line.rstrip("\r\n") for line in lines) if line.strip()], {}
+
+
+def table_of(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """The columns of CSV, TSV or JSONL, by name and in order. Raises `SaccadeError`, `OSError` and `csv.Error`."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
+        if path.suffix.lower() == ".jsonl":
+            return _objects(path, lines)
+        csv.field_size_limit(1 << 27)  # captions of any length; they are cut where they are read
+        dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
+        return _table(path, csv.reader(lines, dialect))
 
 
 def _named(path: Path, header: list[str], columns: dict[str, list[Any]]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -85,7 +93,7 @@ def _named(path: Path, header: list[str], columns: dict[str, list[Any]]) -> tupl
             path=path,
             hint=nearest("path", header) + " rename it in the first line",
         )
-    return [_cell(value) for value in columns.pop(named)], columns
+    return [cell_of(value) for value in columns.pop(named)], columns
 
 
 def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, list[Any]]]:
@@ -93,7 +101,7 @@ def _table(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], dict[str, 
     header = [name.strip() for name in next(rows, [])]
     if not header:
         raise SaccadeError(
-            f"the list {path} is empty", path=path, hint="its first line names the columns, one of them `path`"
+            f"the list {path} is empty", path=path, hint="its first line names the columns, such as `path`, `text`"
         )
     columns: dict[str, list[Any]] = {name: [] for name in header}
     for number, row in enumerate(rows, start=2):
@@ -126,11 +134,10 @@ def _objects(path: Path, lines: Iterator[str]) -> tuple[list[str], dict[str, lis
 
 
 def _parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    """The columns of a Parquet file. Raises `SaccadeError` for a file that holds the pictures themselves."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise SaccadeError("reading Parquet needs pyarrow", path=path, hint="pip install 'saccade[parquet]'") from None
+    """The columns of a Parquet file that names pictures. Raises `SaccadeError` for what is no such list."""
+    schema_of(path)
+    from pyarrow import ArrowException, parquet
+
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
@@ -141,7 +148,7 @@ def _parquet(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
         raise SaccadeError(
             f"{path} holds bytes or records in its column {inside[0]!r}, and a list names files",
             path=path,
-            hint="write pictures as files or tar shards, and name them by a column `path`",
+            hint="pictures are a column of bytes, or of records {bytes, path}",
         )
     return list(columns), columns
 
@@ -173,6 +180,6 @@ def _merged(
     return list(rows), others, said
 
 
-def _cell(value: Any) -> str:
+def cell_of(value: Any) -> str:
     """What a column's cell says; "" for nothing."""
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
