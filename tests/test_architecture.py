@@ -279,6 +279,7 @@ def test_public_names() -> None:
         "SaccadeError",
         "__version__",
         "adapt",
+        "diagnose",
         "embed",
         "evaluate",
         "export",
@@ -295,6 +296,7 @@ def test_public_names() -> None:
         "adapt",
         "embed",
         "evaluate",
+        "diagnose",
         "finetune",
         "label_next",
     ):  # whoever imports the page of a verb, the name stays the verb
@@ -315,6 +317,7 @@ def test_verbs_of_the_interface() -> None:
         "embed",
         "search",
         "label-next",
+        "diagnose",
         "models",
         "export",
     }

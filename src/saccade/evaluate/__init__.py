@@ -68,21 +68,12 @@ def evaluate(
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     if scratch is not None or not isinstance(backbone, str | Path | Encoder):
-        from saccade import compare as page  # it stands beside finetune, which reads pages of this one
-
-        several = [backbone] if isinstance(backbone, str | Path | Encoder) else backbone
-        _check_tasks(tasks, labels)
-        if out is not None and (beside := Path(out).with_suffix(".html")).exists():
-            raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
-        found = page.compare(several, labelled, tasks=tasks, labels=labels, group_by=group_by, image_size=image_size,
-                        channels=channels, patch=patch, seed=seed, workers=workers, baselines=baselines,
-                        scratch=scratch)  # fmt: skip
-        if out is not None:
-            found["report"] = str(page.write(Path(out).with_suffix(".html"), found))
-        return _written(found, out)
+        what = {"tasks": tasks, "labels": labels, "group_by": group_by, "seed": seed, "scratch": scratch}
+        how = {"image_size": image_size, "channels": channels, "patch": patch, "workers": workers}
+        which = [backbone] if isinstance(backbone, str | Path | Encoder) else backbone
+        return _compared(which, labelled, what | how | {"baselines": baselines}, out)
     if (folder := texts.alone(backbone)) is not None:
-        wanted = texts.PROBES if tasks == TASKS else tasks
-        found = texts.evaluate(folder, labelled, wanted, seed)
+        found = texts.evaluate(folder, labelled, texts.PROBES if tasks == TASKS else tasks, seed)
         return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
     _check_tasks(tasks, labels)
     if templates is not None and "zero-shot" not in tasks:
@@ -105,8 +96,26 @@ def evaluate(
         if probes := [task for task in tasks if task in TASKS]:
             found = _probed(encoder, labelled, probes, labels, group_by, seed, workers, baselines)
             result |= found | {"warnings": list(dict.fromkeys([*result.get("warnings", ()), *found["warnings"]]))}
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return _written(result, out)
+    return _written({**result, "seconds": round(time.perf_counter() - started, 1)}, out)
+
+
+def _compared(
+    backbones: Sequence[str | Path | Encoder],
+    labelled: str | Path | Source,
+    asked: dict[str, Any],
+    out: str | Path | None,
+) -> dict[str, Any]:
+    """Several in one table, and beside `out` a page of it."""
+    from saccade import compare as page  # it stands beside finetune, which reads pages of this one
+
+    _check_tasks(asked["tasks"], asked["labels"])
+    beside = None if out is None else Path(out).with_suffix(".html")
+    if beside is not None and beside.exists():
+        raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
+    found = page.compare(backbones, labelled, **asked)
+    if beside is not None:
+        found["report"] = str(page.write(beside, found))
+    return _written(found, out)
 
 
 def _probed(
