@@ -30,6 +30,7 @@ from saccade.evaluate.labelled import SHARE, Labelled, read_labelled
 from saccade.evaluate.splits import set_apart
 from saccade.finetune import finetune
 from saccade.report.page import Page, Prose, Section, Table, write_page
+from saccade.run import write_json
 
 TASKS = ("knn", "linear", "few-label")
 PIXELS, FRESH, SCRATCH, RUN, PUBLISHED = "raw pixels", "untrained", "from scratch", "a run", "published"
@@ -82,15 +83,20 @@ def compare(
     workers: int = 0,
     baselines: bool = True,
     scratch: float | None = None,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """A `table` of all backbones and of what they must beat, in percent, and the `answer` in a sentence.
 
-    `scratch`: minutes that the first backbone's network, with fresh weights, learns from the labels alone. The rest is
-    as `evaluate` has it. Raises `SaccadeError` before any work for backbones that are named twice or do not load.
+    `scratch`: minutes that the first backbone's network, with fresh weights, learns from the labels alone. `out`: a
+    JSON file for the result; a page lies beside it. The rest is as `evaluate` has it. Raises `SaccadeError` before any
+    work for backbones that are named twice or do not load.
     """
     if strange := [task for task in tasks if task not in TASKS]:
         hint = f"of several: {', '.join(TASKS)}"
         raise SaccadeError(f"{strange[0]} is asked of one backbone at a time", path="--tasks", hint=hint)
+    beside = None if out is None else Path(out).with_suffix(".html")
+    if beside is not None and beside.exists():
+        raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
     there(labelled)
     began = time.perf_counter()
     encoders = _loaded(backbones, image_size, channels, patch)
@@ -105,7 +111,7 @@ def compare(
         rows.append(_from_scratch(backbones[0], labelled, exam, scratch, group_by, image_size, channels, seed, workers))
     rows.sort(key=lambda row: (PIXELS, FRESH, SCRATCH, RUN, PUBLISHED).index(row.kind))
     answered = _answered(rows, tasks, exam.names)
-    return {
+    result = {
         "backbones": list(encoders),
         "data": "a source in memory" if isinstance(labelled, Source) else str(labelled),
         "table": [_told(row, exam) for row in rows],
@@ -116,6 +122,10 @@ def compare(
         "seed": seed,
         "seconds": round(time.perf_counter() - began, 1),
     }
+    if out is not None and beside is not None:
+        result["report"] = str(write(beside, result))
+        write_json(Path(out), result)
+    return result
 
 
 def _loaded(
