@@ -283,7 +283,6 @@ def test_public_names() -> None:
         "embed",
         "evaluate",
         "export",
-        "diagnose",
         "finetune",
         "label_next",
         "load",
@@ -319,7 +318,6 @@ def test_verbs_of_the_interface() -> None:
         "embed",
         "search",
         "label-next",
-        "diagnose",
         "models",
         "export",
     }

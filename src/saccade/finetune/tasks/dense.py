@@ -195,6 +195,11 @@ def stack(targets: Sequence[Float[Tensor, "h w"]], facts: Mapping[str, Any]) -> 
     return torch.stack(list(targets))
 
 
+def chance(facts: Mapping[str, Any]) -> float:
+    """The squared error of the mean, in spreads."""
+    return 1.0
+
+
 def loss(
     outputs: Float[Tensor, "b 1 h w"], targets: Float[Tensor, "b h w"], settings: Settings, facts: Mapping[str, Any]
 ) -> Float[Tensor, ""]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -184,6 +185,11 @@ def views(
 def stack(targets: Sequence[UInt8[Tensor, "h w"]], facts: Mapping[str, Any]) -> UInt8[Tensor, "b h w"]:
     """Masks of one size."""
     return torch.stack(list(targets))
+
+
+def chance(facts: Mapping[str, Any]) -> float:
+    """Cross-entropy of even odds."""
+    return math.log(len(facts["classes"]))
 
 
 def loss(
