@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import json
@@ -437,7 +436,7 @@ def test_what_is_normal_must_be_known(tmp_path: Path, encoder: Encoder) -> None:
 
 
 def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_path: Path) -> None:
-    run = finetune(copy.deepcopy(encoder), pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
+    run = finetune(encoder, pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
     found = run.summary
     assert found["test"]["auroc"] > 90 and found["chosen"]["false_alarms"]["asked"] == 20
     assert any("cannot be vouched for" in line for line in found["warnings"])
@@ -488,7 +487,7 @@ def test_the_farthest_are_counted() -> None:
 def test_the_model_leaves_as_one_graph(encoder: Encoder, pack: Path, tmp_path: Path, score: str) -> None:
     """Compared with onnxruntime by `export` itself, at several batches and sizes."""
     flags = {"task": "anomaly", "memory": 60, "baselines": False, "score": score}
-    run = finetune(copy.deepcopy(encoder), pack, out=tmp_path / "run", **flags)
+    run = finetune(encoder, pack, out=tmp_path / "run", **flags)
     found = export(str(run.path), to="onnx", out=tmp_path / "graph")
     assert found["outputs"] == ["score", "map"]
     graph = onnxruntime.InferenceSession(str(tmp_path / "graph/model.onnx"))
