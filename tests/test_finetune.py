@@ -182,6 +182,14 @@ def test_the_same_call_is_done_and_another_is_refused(frozen_run: Path, start: P
         finetune(start, folders, out=frozen_run, balance=True)
 
 
+def test_an_encoder_in_memory_stays_what_it_was(start: Path, folders: Path, tmp_path: Path) -> None:
+    encoder = load(start)
+    before = dict(encoder.record)
+    for number in range(2):
+        finetune(encoder, folders, out=tmp_path / str(number))
+    assert encoder.record == before
+
+
 def test_predict_says_what_the_run_said_of_test(frozen_run: Path, folders: Path, tmp_path: Path) -> None:
     result = predict(frozen_run, folders / "test", out=tmp_path / "said")
     run = saccade.Run.open(frozen_run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import json
@@ -354,7 +353,7 @@ def test_every_flag_is_read(encoder: Encoder, pack: Path, score: str) -> None:
     assert torch.allclose(outputs[:, 0].flatten(1), near, atol=1e-5)
     local = near.sort(dim=1, descending=True).values[:, :8].mean(dim=1)
     away = ((torch.nn.functional.normalize(features.patches.mean(1), dim=-1) - head.mean) @ head.whitening).norm(dim=1)
-    z = ((local - head.usual[0, 0]) / head.usual[0, 1] + (away - head.usual[1, 0]) / head.usual[1, 1]) / 2
+    z = torch.maximum((local - head.usual[0, 0]) / head.usual[0, 1], (away - head.usual[1, 0]) / head.usual[1, 1])
     want = {"patches": local, "vector": away, "both": z}[score]
     assert torch.allclose(head.scores(outputs), want, rtol=1e-3, atol=1e-4)
 
@@ -437,7 +436,7 @@ def test_what_is_normal_must_be_known(tmp_path: Path, encoder: Encoder) -> None:
 
 
 def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_path: Path) -> None:
-    run = finetune(copy.deepcopy(encoder), pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
+    run = finetune(encoder, pack, out=tmp_path / "run", task="anomaly", memory=100, false_alarms=0.2)
     found = run.summary
     assert found["test"]["auroc"] > 90 and found["chosen"]["false_alarms"]["asked"] == 20
     assert any("cannot be vouched for" in line for line in found["warnings"])
@@ -452,6 +451,7 @@ def test_the_verbs_from_a_folder_to_heatmaps(encoder: Encoder, pack: Path, tmp_p
     )
     assert again["scores"]["auroc"] == pytest.approx(found["test"]["auroc"])
     assert (tmp_path / "said" / said[0]["heatmap"]).is_file()
+    assert predict(run, pack)["scores"]["examined"] == 20  # neither what was learned from nor masks
     alone = predict(run, pack / "test/spot")  # nothing there is known to be normal
     assert "scores" not in alone and alone["pictures"] == 8
     with pytest.raises(SaccadeError, match="cannot move a backbone: it learns from normal pictures alone"):
@@ -487,7 +487,7 @@ def test_the_farthest_are_counted() -> None:
 def test_the_model_leaves_as_one_graph(encoder: Encoder, pack: Path, tmp_path: Path, score: str) -> None:
     """Compared with onnxruntime by `export` itself, at several batches and sizes."""
     flags = {"task": "anomaly", "memory": 60, "baselines": False, "score": score}
-    run = finetune(copy.deepcopy(encoder), pack, out=tmp_path / "run", **flags)
+    run = finetune(encoder, pack, out=tmp_path / "run", **flags)
     found = export(str(run.path), to="onnx", out=tmp_path / "graph")
     assert found["outputs"] == ["score", "map"]
     graph = onnxruntime.InferenceSession(str(tmp_path / "graph/model.onnx"))

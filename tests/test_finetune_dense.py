@@ -57,6 +57,8 @@ def test_a_head_is_learned_examined_saved_and_used(data: Path, encoder: Encoder,
     assert numbers.shape == (16, 24) and 8 < numbers.mean() < 50  # in the unit of the files
     assert line["mean"] == pytest.approx(numbers.mean(), abs=1e-3)
     assert (run.path / line["overlay"]).is_file()
+    report = (run.path / "report.html").read_text()
+    assert "could not be shown" not in report and "RMSE" in report
     (data / "test" / "targets" / "3.png").unlink()
     again = predict(run, data, out=tmp_path / "said")
     assert again["pictures"] == 4  # one has no numbers, and an answer
@@ -78,7 +80,9 @@ def test_scores_by_hand() -> None:
     numbers = torch.tensor([[2.0, 2.0], [9.0, 3.0]])
     found = dense._scores(np.stack([dense._sums(numbers, target)]))
     variance = np.var([1.0, 2.0, 5.0])
-    assert found["rmse"] == pytest.approx((5 / 3) ** 0.5, rel=1e-4) and found["mae"] == pytest.approx(1.0)
+    assert found["rmse"] == pytest.approx((5 / 3) ** 0.5, rel=1e-4) and found["mean_absolute_error"] == pytest.approx(
+        1.0
+    )
     assert found["abs_rel"] == pytest.approx((1 + 0 + 2 / 5) / 3, rel=1e-4)
     assert found["r2"] == pytest.approx(100 * (1 - 5 / 3 / variance), rel=1e-3)
 

@@ -68,6 +68,8 @@ def test_a_head_is_learned_examined_saved_and_used(data: Path, encoder: Encoder,
         assert mask.mode == "P" and mask.size == picture.size
         assert set(np.unique(np.array(mask)).tolist()) <= {0, 2, 4}  # the values that masks have, not places in a list
     assert (run.path / lines[0]["overlay"]).is_file()
+    report = (run.path / "report.html").read_text()
+    assert "could not be shown" not in report and "of pixels right" in report and "IoU in percent" in report
     again = predict(run, data / "test", out=tmp_path / "said")
     assert again["scores"]["miou"] == pytest.approx(test["miou"])
     assert (tmp_path / "said" / "masks" / "images" / "0.png").is_file()

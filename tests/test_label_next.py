@@ -161,7 +161,13 @@ def test_round_after_round(tmp_path: Path, backbone: Path, pool: Path, capsys: p
     assert any("between" in line for line in third["proposed"])
 
 
-def test_bad_labels(tmp_path: Path, backbone: Path, pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_labels(
+    tmp_path: Path,
+    backbone: Path,
+    pool: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     listed = tmp_path / "labels.csv"
     listed.write_text("key,label\np0_00.png,red\nnowhere.png,red\np1_bad.png,green\np0_00.png,green\n")
     found = asked([backbone, pool, "-n", 3, "--labels", listed], capsys)
@@ -186,6 +192,10 @@ def test_bad_labels(tmp_path: Path, backbone: Path, pool: Path, capsys: pytest.C
     with pytest.raises(SaccadeError, match="names no picture of the data") as mistake:
         label_next(backbone, pool, labels=listed)
     assert "did you mean 'p0_0" in str(mistake.value.hint)
+    monkeypatch.setattr(coverage, "SAME", 2.0)  # everything is alike
+    listed.write_text("key,label\np0_00.png,red\n")
+    with pytest.raises(SaccadeError, match="the 20 pictures left are near duplicates"):
+        label_next(backbone, pool, labels=listed)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "p0_00.png").write_bytes((pool / "p0_00.png").read_bytes())
     with pytest.raises(SaccadeError, match="no folder for each class"):

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
 import pytest
 import torch
+from pyarrow import parquet
 from test_sources import keys, picture, plant, value
 
 import saccade
@@ -19,9 +21,6 @@ from saccade.errors import SaccadeError, Unreadable
 from saccade.evaluate.labelled import read_labelled
 from saccade.evaluate.shared import test_side as side_of
 from saccade.sources import Rows, open_source, row_groups
-
-arrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 
 def hugging_face(names: Sequence[str]) -> dict[str, str]:

@@ -334,26 +334,22 @@ def _parse(
         lines = [line.strip("╭╮╰╯│─ ") for line in complaint.getvalue().splitlines()]
         reason = " ".join(line for line in lines[1:] if line and "--help" not in line)  # without its title and footer
         raise SaccadeError(reason or lines[0], hint=f"see saccade {name} --help") from None
-    torn = next((value for value in dict(parsed).values() if isinstance(value, list)), None)
-    whole = 0 if torn is None else len(torn)
+    words_of = dict(parsed)
+    torn = next((value for value in words_of.values() if isinstance(value, list)), None)
+    if unknown and torn is not None:  # tyro gave the first word behind flags to what stands behind the list
+        torn += [words_of.pop(field) for field in standing if isinstance(words_of[field], str)]
+        words_of |= {field: None for field in standing if field not in words_of}
     _place(name, unknown, [flag(field) for field in fields if field not in standing], torn)
-    parted = _parted(dict(parsed), standing, whole)
+    parted = _parted(words_of, standing)
     said = {field: value for field, value in parted.items() if value not in (None, [], defaults.get(field))}
     return {field: _value(fields[field], value) for field, value in said.items()}
 
 
-def _parted(parsed: Values, standing: Sequence[str], whole: int) -> Values:
-    """A word that stands behind a list of words is the last of them, once there are two.
-
-    `whole`: how many words of the list stood before the flags; what stood behind them follows the single word.
-    """
+def _parted(parsed: Values, standing: Sequence[str]) -> Values:
+    """A word that stands behind a list of words is the last of them, once there are two."""
     for one, behind in itertools.pairwise(standing):
-        if not isinstance(parsed[one], list):
-            continue
-        single = [] if parsed[behind] is None else [parsed[behind]]
-        together = [*parsed[one][:whole], *single, *parsed[one][whole:]]
-        if len(together) > 1:
-            parsed |= {one: together[:-1], behind: together[-1]}
+        if isinstance(parsed[one], list) and len(parsed[one]) > 1 and parsed[behind] is None:
+            parsed |= {one: parsed[one][:-1], behind: parsed[one][-1]}
     return parsed
 
 

@@ -159,28 +159,23 @@ def label_next(
     with _kept(index) as place:
         pool = _embedded(encoder, source, place, told, workers)
     warnings += _odd(told, pool)
-    labelled = {*told.inside, *(len(keys) + row for row in told.beside)}
-    free = [number for number, row in enumerate(pool.rows) if row not in labelled]
-    if not free:
-        raise SaccadeError(
-            "every picture that can be read is labelled", path=str(labels or data), hint="there is no next one"
-        )
-    classes = {**told.inside, **{len(keys) + row: name for row, name in told.beside.items()}}
-    have = [(number, classes[row]) for number, row in enumerate(pool.rows) if row in labelled]
-    known = Known([number for number, _ in have], [name for _, name in have])
+    known, left = _divided(told, pool, len(keys), labels or data)
     named = None if groups is None else [groups[row] if row < len(keys) else "" for row in pool.rows]
-    proposal = propose(pool.vectors, known, n, free=free, groups=named, seed=seed)
+    proposal = propose(pool.vectors, known, n, free=left, groups=named, seed=seed)
+    if not proposal.rows:
+        said = f"the {len(left)} pictures left are near duplicates of labelled ones"
+        raise SaccadeError(said, hint="add other pictures to the data")
     rows = [pool.rows[number] for number in proposal.rows]
     proposed = [
         _line(rank, proposal, keys[row], None if groups is None else groups[row]) for rank, row in enumerate(rows)
     ]
     if len(rows) < n:
-        warnings.append(f"{n} were asked for; {len(free)} are left, and {len(rows)} of them are no near duplicates")
+        warnings.append(f"{n} were asked for; {len(left)} are left, and {len(rows)} of them are no near duplicates")
     result = {
         "asked": n,
         "proposed": proposed,
         "by": "coverage" if proposal.between[0] is None else "coverage and doubt",
-        **_counted(known, told, pool, len(keys), len(free), proposal.duplicates),
+        **_counted(known, told, pool, len(keys), len(left), proposal.duplicates),
         "warnings": warnings,
     }
     if groups is not None:
@@ -246,6 +241,16 @@ def _embedded(encoder: Encoder, source: Source, place: Path, told: Labels, worke
                     features = look(read.views[0], tokens="cls" if token == "cls" else "patches")
                     parts.append(pooled(features, token).float().cpu())
     return _Pool(torch.cat(parts), rows, bad)
+
+
+def _divided(told: Labels, pool: _Pool, count: int, asked: Any) -> tuple[Known, list[int]]:
+    """What of the pool is labelled, and the numbers of what is not. Raises `SaccadeError` where nothing is left."""
+    classes = {**told.inside, **{count + row: name for row, name in told.beside.items()}}
+    have = [(number, classes[row]) for number, row in enumerate(pool.rows) if row in classes]
+    left = [number for number, row in enumerate(pool.rows) if row not in classes]
+    if not left:
+        raise SaccadeError("every picture that can be read is labelled", path=str(asked), hint="there is no next one")
+    return Known([number for number, _ in have], [name for _, name in have]), left
 
 
 def _odd(told: Labels, pool: _Pool) -> list[str]:

@@ -336,7 +336,7 @@ class Attention(nn.Module):
             key, value = linear(x, weight[width:], None if bias is None else bias[width:]).split(width, -1)
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if rope is not None:
-            turned = rope if rows is None else tuple(take(part.expand(len(x), -1, -1), rows) for part in rope)
+            turned = rope if rows is None else tuple(take(part.expand(x.shape[0], -1, -1), rows) for part in rope)
             query, key = rotate(query, turned), rotate(key, rope)
         return query, key, value
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from saccade.diagnose.backbone import examine as judged
+from saccade.diagnose.backbone import examine as examine_backbone
 from saccade.diagnose.evidence import Finding, Side, out_of_fold
-from saccade.diagnose.head import examine as compared
-from saccade.diagnose.labels import examine as doubted_in
+from saccade.diagnose.head import examine as examine_head
+from saccade.diagnose.labels import examine as examine_labels
 from saccade.diagnose.labels import opinion
-from saccade.diagnose.leakage import examine as copies
-from saccade.diagnose.shift import examine as displaced
+from saccade.diagnose.leakage import examine as examine_leakage
+from saccade.diagnose.shift import examine as examine_shift
 
 ADVICE = {
     "labels": "look through the listed pictures and correct what is wrong; the head learned from it, too",
@@ -33,18 +33,18 @@ def told_apart(train: Side, test: Side, classes: Sequence[str], *, tuned: bool =
     something: where those say no more than raw pixels, whoever is sure is sure of nothing. `tuned`: the features
     learned from the labels of train, so that they are judged on test.
     """
-    leaks, same = copies(train, test)
+    leaks, same = examine_leakage(train, test)
     clean = test.chosen(np.flatnonzero(~same)) if 0 < same.sum() < len(same) else test
     said = out_of_fold(train.features, train.labels, train.names, len(classes))
-    tells = judged(train, clean, said, classes, tuned)
-    moved = displaced(train, clean)
-    doubted = doubted_in(train, opinion(train, len(classes)), classes)
+    tells = examine_backbone(train, clean, said, classes, tuned)
+    moved = examine_shift(train, clean)
+    doubted = examine_labels(train, opinion(train, len(classes)), classes)
     if tells.found and doubted.found:
         doubted = replace(
             doubted, found=False, reason=f"cannot be told with features that say so little: {doubted.reason}"
         )
     own = said.argmax(1).numpy() == train.labels
-    weak = compared(train, clean, own, classes, moved.found)
+    weak = examine_head(train, clean, own, classes, moved.found)
     found = {one.culprit: one for one in (leaks, tells, moved, doubted, weak)}
     kept = np.flatnonzero(~same) if clean is not test else np.arange(len(test.labels))
     for name in ("backbone", "shift", "head"):  # rows of all of test again

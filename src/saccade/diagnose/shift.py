@@ -40,10 +40,10 @@ def examine(train: Side, test: Side) -> Finding:
     rows = np.argsort(-far, kind="stable")[:24]
     reason = f"random divisions of the same groups differ as much in {chance:.1%} of cases"
     if found:
-        kept = f"{excess:.0%} of the way to being all alone (95 %: {interval[0]:.0%} to {interval[1]:.0%})"
         reason = (
-            f"test lies elsewhere than train: its pictures are neighbours of each other, {kept}; {reason}; "
-            f"{outside:.0%} of test lie farther from train than {1 - FAR:.0%} of train do"
+            f"test lies elsewhere than train: its pictures are neighbours of each other, {excess:.0%} of the way to "
+            f"being all alone (95 %: {interval[0]:.0%} to {interval[1]:.0%}); {reason}; {outside:.0%} of test lie "
+            f"farther from train than {1 - FAR:.0%} of train do"
         )
     return Finding(
         "shift", found, "how far test pictures keep to themselves", excess, interval, EXCESS, reason,

@@ -62,17 +62,18 @@ def evaluate(
     `labels`: how many a class the few-label task learns from, one score for each. `group_by`: a pattern over keys (or a
     column of the list) that names what must not be split. `seed`: of the few-label draws and of the untrained network.
     `image_size`, `channels` and `patch`: as `load` has them. `out`: a JSON file for the result. Several backbones, or
-    `scratch` (minutes to learn from labels alone), give a `table` and an `answer`. Raises `SaccadeError`.
+    `scratch` (minutes to learn from the labels alone, from fresh weights), stand in one `table`, with an `answer` to
+    whether pretraining was worth it. Raises `SaccadeError`.
     """
     if out is not None and Path(out).exists():
         raise SaccadeError(f"{out} exists", path="--out", hint="name a new file")
     if scratch is not None or not isinstance(backbone, str | Path | Encoder):
-        return _several(backbone, labelled, templates, tasks=tasks, labels=labels, group_by=group_by, seed=seed,
-                        image_size=image_size, channels=channels, patch=patch, workers=workers, baselines=baselines,
-                        scratch=scratch, out=out)  # fmt: skip
+        what = {"tasks": tasks, "labels": labels, "group_by": group_by, "seed": seed, "scratch": scratch}
+        how = {"image_size": image_size, "channels": channels, "patch": patch, "workers": workers}
+        which = [backbone] if isinstance(backbone, str | Path | Encoder) else backbone
+        return _compared(which, labelled, what | how | {"baselines": baselines}, out)
     if (folder := texts.alone(backbone)) is not None:
-        wanted = texts.PROBES if tasks == TASKS else tasks
-        found = texts.evaluate(folder, labelled, wanted, seed)
+        found = texts.evaluate(folder, labelled, texts.PROBES if tasks == TASKS else tasks, seed)
         return _written({"backbone": str(backbone), "data": str(labelled), **found}, out)
     _check_tasks(tasks, labels)
     if templates is not None and "zero-shot" not in tasks:
@@ -95,23 +96,26 @@ def evaluate(
         if probes := [task for task in tasks if task in TASKS]:
             found = _probed(encoder, labelled, probes, labels, group_by, seed, workers, baselines)
             result |= found | {"warnings": list(dict.fromkeys([*result.get("warnings", ()), *found["warnings"]]))}
-    result["seconds"] = round(time.perf_counter() - started, 1)
-    return _written(result, out)
+    return _written({**result, "seconds": round(time.perf_counter() - started, 1)}, out)
 
 
-def _several(
-    backbone: str | Path | Encoder | Sequence[str | Path | Encoder],
+def _compared(
+    backbones: Sequence[str | Path | Encoder],
     labelled: str | Path | Source,
-    templates: str | Path | Sequence[str] | None,
-    **asked: Any,
+    asked: dict[str, Any],
+    out: str | Path | None,
 ) -> dict[str, Any]:
-    """Backbones beside each other, on a page that stands beside finetune, which reads pages of this one."""
-    from saccade.compare import compare
+    """Several in one table, and beside `out` a page of it."""
+    from saccade import compare as page  # it stands beside finetune, which reads pages of this one
 
     _check_tasks(asked["tasks"], asked["labels"])
-    if templates is not None:
-        raise SaccadeError("templates belong to the task zero-shot of one backbone", path="--templates")
-    return compare([backbone] if isinstance(backbone, str | Path | Encoder) else backbone, labelled, **asked)
+    beside = None if out is None else Path(out).with_suffix(".html")
+    if beside is not None and beside.exists():
+        raise SaccadeError(f"{beside} exists", path="--out", hint="name a new file")
+    found = page.compare(backbones, labelled, **asked)
+    if beside is not None:
+        found["report"] = str(page.write(beside, found))
+    return _written(found, out)
 
 
 def _probed(

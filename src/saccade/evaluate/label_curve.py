@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saccade.evaluate import few_label
+from saccade.evaluate.few_label import predict
 from saccade.evaluate.splits import few
 
 SURE = 0.9
@@ -29,10 +29,11 @@ _ROWS = 20_000  # labels that a probe learns from at most: seconds, not minutes
 _DRAWS = 8
 _EXPONENTS = np.geomspace(0.1, 2.0, 16)
 _USUAL = (0.5, 0.7)  # exponents before any point is seen: the middle, and the spread of its logarithm
-_FLOORS = np.linspace(0.0, 0.9, 13)  # parts of the last error that stay
+_FLOORS = np.linspace(0.0, 1.0, 14)  # parts of the last error that stay
 _DELAYS = 2.0 ** np.arange(-2, 6)
-DRIFT = 0.03
+DRIFT = 0.02
 """How far the truth leaves a law over one doubling of labels, as a part of the last error."""
+_LUCK = 2.0  # times the variance among draws: from the same few labels they differ less than from others
 _CHANCE = 3.0  # points of percent: how near to chance a law is without a label
 
 
@@ -76,7 +77,7 @@ def measure(
     for count in counts(largest):
         times = _DRAWS if count * classes <= 500 else 3
         drawn = [rows[few(known, named, count, seed, draw)] for draw in range(times if count < largest else 1)]
-        right = [few_label.predict(train, labels, test, classes, some).cpu().numpy() == answers for some in drawn]
+        right = [predict(train, labels, test, classes, some).cpu().numpy() == answers for some in drawn]
         found.append((count, np.array([100 * float(draw.mean()) for draw in right])))
     return points(found)
 
@@ -105,7 +106,7 @@ def forecast(
     away = np.log2(top / labels[1:])
     away = np.array([away[0] + 2, *away])  # in doublings; no label is two before the first
     walk = (drift * last) ** 2 * np.minimum.outer(away, away)
-    noise = np.array([_CHANCE, *(point.error for point in measured)]) ** 2
+    noise = np.array([_CHANCE**2, *(_LUCK * point.error**2 for point in measured)])
     precise = np.linalg.inv(walk + np.diag(noise))
     exponents, floors, delays = (grid.ravel() for grid in np.meshgrid(_EXPONENTS, _FLOORS, _DELAYS))
     # one law a column: errors = floor + height * shape, with shape 1 at the last count; its height is normal

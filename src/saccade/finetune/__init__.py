@@ -6,6 +6,7 @@ must be beaten, and a report. Nothing is chosen on test: a part of train is held
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import time
@@ -152,7 +153,7 @@ def _encoder(backbone: str | Path | Encoder, asked: FinetuneArguments) -> Encode
     """On the device; with fresh weights where it is asked for."""
     encoder = encoder_of(backbone, image_size=asked.image_size, channels=asked.channels, patch=None)
     if not asked.from_scratch:
-        return encoder
+        return copy.copy(encoder)  # whose record becomes this run's; a caller's encoder keeps its own
     fresh = untrained(encoder, asked.seed)
     arch = encoder.record.get("arch")
     fresh.record = {"family": "saccade", "arch": arch, "weights": "random", "seed": asked.seed, "licence": None}

@@ -89,12 +89,18 @@ def _places(source: Source, keys: Sequence[str]) -> list[_Place]:
 
 
 def _place(path: list[str], official: bool, tests: set[str]) -> _Place:
-    if path[0] in _MASKS or (len(path) > 2 and path[1] in _MASKS):
+    if is_mask("/".join(path)):
         return _Place("mask", None)
     if not official:
         return _Place("any", path[0] if len(path) > 1 else None)
     part = "train" if path[0] in TRAIN else "test" if path[0] in tests else "unused"
     return _Place(part, path[1] if len(path) > 2 and path[1] != "images" else None)
+
+
+def is_mask(key: str) -> bool:
+    """Whether a picture lies where masks do: in ground_truth/ or masks/, or in masks/ of a part."""
+    path = key.split("/")
+    return (len(path) > 1 and path[0] in _MASKS) or (len(path) > 2 and path[1] in _MASKS)
 
 
 def _part(name: str) -> str:

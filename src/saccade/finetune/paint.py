@@ -13,7 +13,7 @@ from torch import Tensor
 
 _GOLDEN = 0.6180339887498949
 """Turns of the hue by this part of a circle never meet: neighbours in number differ in colour."""
-_LARGEST = 1024
+_LARGEST, _SMALL = 1024, 160
 
 
 def palette() -> UInt8[np.ndarray, "256 3"]:
@@ -34,17 +34,20 @@ def mask(values: UInt8[np.ndarray, "h w"], path: Path) -> None:
     image.save(path)
 
 
-def overlay(picture: Shaped[Tensor, "c h w"], colours: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
-    """Writes a small JPEG of a picture, half covered by colours."""
-    below = (
-        picture if picture.is_floating_point() else picture.float() / (255 if picture.dtype == torch.uint8 else 65535)
-    )
-    grey = below[:3] if below.shape[0] >= 3 else below[:1].expand(3, -1, -1)
-    pixels = grey.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+def overlay(
+    picture: Shaped[Tensor, "c h w"], colours: UInt8[np.ndarray, "h w 3"], path: Path
+) -> UInt8[Tensor, "3 _ _"]:
+    """Writes a small JPEG of a picture, half covered by colours, and returns a smaller one."""
+    highest = {torch.uint8: 255.0, torch.uint16: 65535.0}.get(picture.dtype, 1.0)
+    below = picture.float() / highest
+    below = below[:3] if below.shape[0] >= 3 else below[:1].expand(3, -1, -1)
+    pixels = below.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray((127.5 * pixels + 0.5 * colours).round().astype(np.uint8))
     image.thumbnail((_LARGEST, _LARGEST))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, quality=90)
+    image.thumbnail((_SMALL, _SMALL))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def heat(values: Float[Tensor, "h w"], low: float, high: float) -> UInt8[np.ndarray, "h w 3"]:

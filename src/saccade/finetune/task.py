@@ -18,6 +18,7 @@ and where the backbone may move too (`--mode lora` and `full`; a page without `l
 
 and, if it likes,
 
+    def chance(facts)                                 -> float: the loss of who tells nothing apart
     def sections(told, examples, result) -> list[Section]   for the report
     def known(source, facts) -> (targets, unknown)    what `predict` finds of labels in DATA: None where there is none,
                                                       and how often each class came that was never learned
@@ -187,8 +188,8 @@ class Task:
     page: ModuleType
 
     def part(self, name: str) -> Callable[..., Any] | None:
-        """What a page may have: `loss`, `stack`, `score`, `views`, `sections`, `known`, `scores`, `again`, `fresh`,
-        `tally`, `opened`, `calibrate`."""
+        """What a page may have: `loss`, `chance`, `stack`, `score`, `views`, `sections`, `known`, `scores`, `again`,
+        `fresh`, `tally`, `opened`, `calibrate`."""
         found: Callable[..., Any] | None = vars(self.page).get(name)
         return found
 

@@ -86,7 +86,7 @@ class Joint(Method):
         self.config, self.settings, self.facts, self.fresh = config, settings, facts, fresh
         found = page.part("loss")
         assert found is not None
-        self._loss = found
+        self._loss, self._chance = found, page.part("chance")
         if rank:
             lora.add(backbone, rank, config.seed)
         self.live = nn.ModuleDict({"backbone": backbone, "head": copy.deepcopy(head).requires_grad_(True)})
@@ -106,6 +106,10 @@ class Joint(Method):
         head: Any = self.live["head"]
         outputs = head(head.features(self.live["backbone"], batch["images"]))
         return self._loss(outputs.float(), batch["targets"], self.settings, self.facts), {}
+
+    def chance(self) -> dict[str, float]:
+        """The loss of who tells nothing apart: only beyond it is a fitted head's first loss one to rise from."""
+        return {} if self._chance is None else {"loss": self._chance(self.facts)}
 
     def after_step(self, t: Float[Tensor, ""]) -> None:
         """The average follows; at first it keeps less, so that it forgets where it began."""

@@ -32,7 +32,7 @@ from saccade.finetune.curves import Pixels, Threshold, auroc, average_precision,
 from saccade.finetune.folds import folds
 from saccade.finetune.heatmap import enlarged, name_of, write
 from saccade.finetune.memory import core_set, gaussian, near
-from saccade.finetune.normal import Shown, read_mask, read_normal
+from saccade.finetune.normal import Shown, is_mask, read_mask, read_normal
 from saccade.finetune.shown import cards_of
 from saccade.finetune.task import Examples, Fitted, Picture, TaskSettings
 from saccade.finetune.task import Head as AnyHead
@@ -267,11 +267,11 @@ class Head(AnyHead):
         return self.joined(farthest(outputs[:, 0].flatten(1), self.top), outputs[:, 1, 0, 0])
 
     def joined(self, patches: Float[Tensor, " n"], vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Both scores as one: the mean of how many spreads of normal pictures each is above theirs."""
+        """Both scores as one: the larger, each as how many spreads of normal pictures it is above their mean."""
         if self.score_of != "both":
             return patches if self.score_of == "patches" else vector
         both = torch.stack([patches, vector], dim=1)
-        return ((both - self.usual[:, 0]) / self.usual[:, 1]).mean(dim=1)
+        return ((both - self.usual[:, 0]) / self.usual[:, 1]).amax(dim=1)
 
     def answer(self, outputs: Float[Tensor, "b 2 y x"]) -> tuple[Tensor, ...]:
         """The score of each picture, and the distance of each of its patches."""
@@ -509,8 +509,8 @@ def _difference(
 
 
 def known(source: Source, facts: Mapping[str, Any]) -> tuple[list[Shown | None], dict[str, int]]:
-    """What is known of pictures by their folders or a column: nothing where none is of the normal class."""
-    labels = [source.label(row) for row in range(len(source))]
+    """What folders or a column say of pictures: none of masks, none where nothing is of the normal class."""
+    labels = [None if is_mask(source.key(row)) else source.label(row) for row in range(len(source))]
     if facts["normal"] not in labels:
         return [None] * len(labels), {}
     return [None if one is None else Shown(one, one != facts["normal"], None) for one in labels], {}

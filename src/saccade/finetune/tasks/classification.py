@@ -6,6 +6,7 @@ temperature by which logits are divided (arXiv 1706.04599). The backbone may the
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -313,6 +314,11 @@ def _calibrated(logits: Tensor, targets: Tensor, temperature: float, several: bo
         chances = probabilities(logits, value, several)
         found["ece"][when] = round(expected_error(chances, targets), 3)
     return found
+
+
+def chance(facts: Mapping[str, Any]) -> float:
+    """Cross-entropy of even odds."""
+    return math.log(2 if facts["several"] else len(facts["classes"]))
 
 
 def loss(

@@ -25,9 +25,10 @@ from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate.linear import PENALTIES, Standard
 from saccade.evaluate.segmentation import compared
-from saccade.finetune import beside, cropping, paint, pixelwise, rivals, task
+from saccade.finetune import beside, cropping, paint, pictured, pixelwise, rivals, task
 from saccade.finetune.measured import FOLDER, Measured, measured_part, read_measured
 from saccade.finetune.pixelwise import Goal, Solved
+from saccade.report.page import Section
 from saccade.settings import FinetuneArguments, TuningSettings
 
 
@@ -155,7 +156,7 @@ class Head(pixelwise.MapHead):
             if picture.pixels is not None:
                 over = Path("overlays") / Path(picture.key).with_suffix(".jpg")
                 reach = (self.mean - 2 * self.spread, self.mean + 2 * self.spread)
-                paint.overlay(picture.pixels, paint.heat(numbers, *reach), folder / over)
+                said["_shown"] = paint.overlay(picture.pixels, paint.heat(numbers, *reach), folder / over)
                 said["overlay"] = over.as_posix()
         return said
 
@@ -192,6 +193,11 @@ def views(
 def stack(targets: Sequence[Float[Tensor, "h w"]], facts: Mapping[str, Any]) -> Float[Tensor, "b h w"]:
     """Numbers of pictures of one size."""
     return torch.stack(list(targets))
+
+
+def chance(facts: Mapping[str, Any]) -> float:
+    """The squared error of the mean, in spreads."""
+    return 1.0
 
 
 def loss(
@@ -243,7 +249,7 @@ def _scores(sums: np.ndarray) -> dict[str, Any]:
     whole = sums.sum(axis=0)
     return {
         "r2": _rounded(float(_r2(whole))), "rmse": _rounded(float(_rmse(whole))),
-        "mae": _rounded(float(whole[1] / max(whole[0], 1))),
+        "mean_absolute_error": _rounded(float(whole[1] / max(whole[0], 1))),
         "abs_rel": _rounded(float(whole[3] / whole[4])) if whole[4] else None,
     }  # fmt: skip
 
@@ -295,3 +301,9 @@ def opened(
         return measured_part(root, path, encoder.preprocess.channels, facts["unit"], facts["unknown"])
 
     return beside.opened(data, part, FOLDER)
+
+
+def sections(told: list[dict[str, Any]], examples: task.Examples, result: Mapping[str, Any]) -> list[Section]:
+    """Explained variance beside what must be beaten, and the pictures with the largest errors."""
+    worst = [(line, f"RMSE {line['rmse']:.3g}") for line in sorted(told, key=lambda line: -line["rmse"])]
+    return pictured.sections(examples, result, "r2", "Variance explained on test, percent", worst)

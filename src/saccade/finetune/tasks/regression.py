@@ -260,6 +260,11 @@ def fresh(encoder: Encoder, examples: Examples) -> Fitted:
     return Fitted(head, {"pooling": pooling})
 
 
+def chance(facts: Mapping[str, Any]) -> float:
+    """The squared error of the mean, in spreads."""
+    return 1.0
+
+
 def loss(
     outputs: Float[Tensor, "b t"], targets: Float[Tensor, "b t"], settings: Settings, facts: Mapping[str, Any]
 ) -> Float[Tensor, ""]:

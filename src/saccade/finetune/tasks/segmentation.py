@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +26,9 @@ from saccade.encoder import Encoder
 from saccade.errors import SaccadeError
 from saccade.evaluate import segmentation
 from saccade.evaluate.masked import VOID, Classes, Masked, masked_part, read_masked
-from saccade.finetune import beside, cropping, paint, pixelwise, rivals, task
+from saccade.finetune import beside, cropping, paint, pictured, pixelwise, rivals, task
 from saccade.finetune.pixelwise import Goal, Solved
+from saccade.report.page import Section
 from saccade.settings import FinetuneArguments, TuningSettings
 
 
@@ -145,7 +147,7 @@ class Head(pixelwise.MapHead):
             said["mask"] = f"masks/{name.as_posix()}"
             if picture.pixels is not None:
                 over = Path("overlays") / name.with_suffix(".jpg")
-                paint.overlay(picture.pixels, paint.palette()[values], folder / over)
+                said["_shown"] = paint.overlay(picture.pixels, paint.palette()[values], folder / over)
                 said["overlay"] = over.as_posix()
         return said
 
@@ -183,6 +185,11 @@ def views(
 def stack(targets: Sequence[UInt8[Tensor, "h w"]], facts: Mapping[str, Any]) -> UInt8[Tensor, "b h w"]:
     """Masks of one size."""
     return torch.stack(list(targets))
+
+
+def chance(facts: Mapping[str, Any]) -> float:
+    """Cross-entropy of even odds."""
+    return math.log(len(facts["classes"]))
 
 
 def loss(
@@ -264,3 +271,10 @@ def _part(root: Path, part: Path, encoder: Encoder, facts: Mapping[str, Any]) ->
     place[values] = np.arange(len(values))
     classes = Classes(list(facts["classes"]), place, np.ones(256, dtype=bool))
     return masked_part(root, part, classes, encoder.preprocess.channels)
+
+
+def sections(told: list[dict[str, Any]], examples: task.Examples, result: Mapping[str, Any]) -> list[Section]:
+    """Mean IoU beside what must be beaten, each class, and the pictures with the fewest pixels right."""
+    known = sorted((line for line in told if line["pixel_accuracy"] is not None), key=lambda x: x["pixel_accuracy"])
+    worst = [(line, f"{line['pixel_accuracy']:.0f} % of pixels right") for line in known]
+    return pictured.sections(examples, result, "miou", "Mean IoU on test, percent", worst)
