@@ -332,8 +332,17 @@ def test_what_is_held_out_is_not_learned_where_it_is_to_judge() -> None:
     assert torch.equal(apart.standard.mean, standard.mean)
 
 
+_SLOW = pytest.mark.slow(reason="ten seconds of export each")
+
+
 @pytest.mark.parametrize(
-    ("arch", "kind"), [("vit", "linear"), ("vit", "decoder"), ("resnet", "decoder"), ("convnext", "decoder")]
+    ("arch", "kind"),
+    [
+        ("vit", "decoder"),
+        pytest.param("vit", "linear", marks=_SLOW),
+        pytest.param("resnet", "decoder", marks=_SLOW),
+        pytest.param("convnext", "decoder", marks=_SLOW),
+    ],
 )
 def test_encoder_and_head_in_onnxruntime(arch: str, kind: str, encoder: Encoder, tmp_path: Path) -> None:
     torch.manual_seed(3)
