@@ -69,11 +69,11 @@ def load(run: str | Path) -> Tuned:
     place = Path(run).expanduser()
     folder = place / HEAD
     if not (folder / CONFIG).is_file():
-        begun = (place / "config.json").is_file()
+        verb = json_object(place / "config.json").get("verb") if (place / "config.json").is_file() else None
+        hints = {"finetune": "let it finish: the same command goes on", None: "name the --out of a saccade finetune"}
+        backbone = f"it is a run of saccade {verb}: saccade finetune {run} LABELLED --out RUN gives it one"
         raise SaccadeError(
-            f"{run} has no head{' yet' if begun else ''}",
-            path=run,
-            hint="let it finish: the same command goes on" if begun else "name the --out of a saccade finetune",
+            f"{run} has no head{' yet' if verb == 'finetune' else ''}", path=run, hint=hints.get(verb, backbone)
         )
     said = json_object(folder / CONFIG)
     if said.get("format") != FORMAT:
