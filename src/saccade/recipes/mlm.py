@@ -52,8 +52,8 @@ class Config(recipe.Worded):
 
 def small_machine() -> Config:
     """A few CPU cores: short pieces, few words, a small tower."""
-    text: dict[str, Any] = {"vocabulary": 4096, "length": 64, "text_width": 192, "text_depth": 4, "text_heads": 3}
-    return Config(**text, batch=64, steps=None, epochs=30, lr=4e-3, warmup=0.05)
+    text: dict[str, Any] = {"vocabulary": 2048, "length": 64, "text_width": 128, "text_depth": 2, "text_heads": 4}
+    return Config(**text, batch=32, steps=None, epochs=30, lr=8e-3, beta2=0.98, warmup=0.05)
 
 
 def views(config: Config, batch: Batch, draws: Draws) -> Batch:
